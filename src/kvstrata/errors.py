@@ -1,0 +1,69 @@
+"""Every exception that kvstrata raises, in one tree.
+
+    KVStrataError
+    ├── ConfigError            a setting is wrong; fatal at start
+    ├── PluginError            a tier, codec or policy of that name does not exist or cannot be imported
+    ├── LayoutError            an arrangement of KV tensors that is not understood; refused at start
+    ├── PoolError              the L1 pool cannot be created or mapped
+    ├── FrameError             bytes that are not the frame that was asked for; becomes a miss
+    ├── TierError              a backend failed; becomes a miss at the border in ``cache.io``
+    │   ├── TierUnavailable    it cannot be reached, or did not answer within its deadline
+    │   └── TierFull           it has no room and does not evict
+    ├── ProtocolError          a message that breaks the protocol, or another protocol version
+    └── ServerUnavailable      no server answered within the deadline
+
+A miss is a value (``types.Miss``), never an exception.
+"""
+
+from __future__ import annotations
+
+
+class KVStrataError(Exception):
+    """Base of all exceptions of this package."""
+
+
+class ConfigError(KVStrataError):
+    """A setting has a wrong value, or is unknown. The message names key, value and what is allowed."""
+
+
+class PluginError(KVStrataError):
+    """No plug-in of that name. The message lists those that exist and the extra to install."""
+
+
+class LayoutError(KVStrataError):
+    """KV tensors lie in memory in a way that this version cannot copy safely."""
+
+
+class PoolError(KVStrataError):
+    """The L1 pool cannot be created (too little memory) or mapped (gone, or another host)."""
+
+
+class FrameError(KVStrataError):
+    """Bytes read from a tier are not the frame that was asked for.
+
+    ``reason`` is one of the values of :class:`kvstrata.types.MissReason`.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class TierError(KVStrataError):
+    """A backend failed."""
+
+
+class TierUnavailable(TierError):
+    """A backend cannot be reached or did not answer in time."""
+
+
+class TierFull(TierError):
+    """A backend refused a write for want of room."""
+
+
+class ProtocolError(KVStrataError):
+    """A message breaks the protocol, or speaks another version of it."""
+
+
+class ServerUnavailable(KVStrataError):
+    """No kvstrata server answered within the deadline."""

@@ -1,0 +1,85 @@
+"""The tier contract.
+
+A tier stores opaque frames under readable keys (``types.Namespace.key``). It is blocking and batch-first,
+works in memory that the caller owns, and answers for each key on its own. Threads, deadlines, retries,
+circuit breaking, codecs, checksums and write policies live once, in ``cache.io``; a tier has none of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import msgspec
+
+from kvstrata.types import Miss, TierStats
+
+
+class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings that every tier has; each tier adds its own in a subclass."""
+
+    name: str = ""
+    """How logs and metrics call this tier; its kind by default."""
+    timeout_seconds: float = 5.0
+    """Deadline of one operation on one connection; a tier turns it into socket timeouts."""
+    num_workers: int = 4
+    """Batches that are worked on at once; also the number of connections of a network tier."""
+
+
+class Tier(ABC):
+    """One level of storage below L1.
+
+    Threading: every method may be called from several threads at once, at most ``num_workers``.
+    Blocking: a call returns within the tier's own timeouts; the caller never interrupts it.
+    Errors: a key that is not held is a value (``Miss``, ``False``). A fault of the backend is raised as
+    :class:`~kvstrata.errors.TierUnavailable` or :class:`~kvstrata.errors.TierFull`; nothing else may come out.
+    Durability: after ``write`` returned, ``read`` from any thread finds the frame or, when it has been
+    evicted or lost, a miss; never a part of it, never another key's.
+    """
+
+    kind: ClassVar[str]
+    """The name of the implementation ("disk", "redis")."""
+    Options: ClassVar[type[TierOptions]] = TierOptions
+    """The settings this tier understands."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        """Which of ``keys`` are held now. One round trip however many keys there are."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[int | Miss]:
+        """Read each key's frame to the start of its buffer.
+
+        Returns for each key the number of bytes of the frame, or a miss. A frame that is larger than its
+        buffer is a miss with reason ``corrupt``. After a miss the buffer's content is undefined.
+        """
+
+    @abstractmethod
+    def write(self, keys: Sequence[str], frames: Sequence[memoryview]) -> None:
+        """Store each frame under its key, replacing what was there. Makes room by evicting where it can.
+
+        The frames' memory is the caller's; it may change after the call returned.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[str]) -> int:
+        """Drop ``keys``; return how many were held. Missing keys are no error."""
+
+    @abstractmethod
+    def scan(self, prefix: str = "") -> Iterator[str]:
+        """Iterate over the keys that begin with ``prefix``, in any order, without blocking the backend.
+
+        Keys written or deleted meanwhile may or may not be seen. Entries of others are left out.
+        """
+
+    @abstractmethod
+    def stats(self) -> TierStats:
+        """What the tier holds, cheaply; unknown numbers are None."""
+
+    def describe(self) -> str:
+        """Where the data is, for logs and messages, without secrets."""
+        return self.kind
+
+    def close(self) -> None:
+        """Release connections and files. No other call follows. Idempotent."""
