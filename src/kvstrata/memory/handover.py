@@ -1,0 +1,168 @@
+"""Handing the L1 pool to the processes of this host: its descriptor, over a unix socket.
+
+A client connects and gets one message: ``<4sHHQ`` (magic, version, length of the pool's id, size of the pool
+in bytes), then the pool's id in UTF-8, and with it the descriptor (``SCM_RIGHTS``). It sends nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+import struct
+from pathlib import Path
+
+from kvstrata.errors import PoolError
+from kvstrata.memory.region import SharedRegion
+
+_log = logging.getLogger(__name__)
+
+_MAGIC = b"KVSP"
+_VERSION = 1
+_HEADER = struct.Struct("<4sHHQ")
+_MAX_MESSAGE_BYTES = 1024
+_MAX_PATH_BYTES = 107  # of sun_path
+_PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
+
+
+class PoolServer:
+    """Listens on a unix socket and gives each client of our user, or of root, the pool's descriptor.
+
+    Nothing here blocks: the message is small enough for the socket's buffer and the client sends nothing.
+    So the caller needs no thread: it polls ``fileno()`` for reading and then calls ``serve_one``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], region: SharedRegion, pool_id: str) -> None:
+        """Listen at ``path``. Its directory is made (0700) where it is missing.
+
+        Raises:
+            PoolError: another server listens there, or the path cannot be used.
+        """
+        self.path = Path(path)
+        self._fd = region.fd
+        identity = pool_id.encode()
+        self._message = _HEADER.pack(_MAGIC, _VERSION, len(identity), region.size_bytes) + identity
+        if len(self._message) > _MAX_MESSAGE_BYTES:
+            raise PoolError(f"a pool id of {len(identity)} bytes is too long")
+        self._socket = _listen(self.path)
+        self._inode = self.path.stat().st_ino
+
+    def fileno(self) -> int:
+        """The descriptor to poll for reading."""
+        return self._socket.fileno()
+
+    def serve_one(self) -> bool:
+        """Answer one waiting client; whether there was one that got the pool. Never blocks."""
+        try:
+            client, _ = self._socket.accept()
+        except OSError:  # it went away, or none is there
+            return False
+        with client:
+            client.setblocking(False)
+            uid = _peer_uid(client)
+            if not _trusted(uid):
+                _log.warning("a process of user %d asked for the L1 pool and was refused", uid)
+                return False
+            try:
+                socket.send_fds(client, [self._message], [self._fd])
+            except OSError:  # it did not wait for the answer
+                return False
+            return True
+
+    def close(self) -> None:
+        """Stop listening and remove the socket's file, if it still is ours. Idempotent."""
+        if self._socket.fileno() < 0:
+            return
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.stat().st_ino == self._inode:
+                self.path.unlink()
+
+
+def fetch_pool(path: str | os.PathLike[str], timeout_seconds: float) -> tuple[int, int, str]:
+    """Ask the server at ``path`` for its pool; return ``(fd, size_bytes, pool_id)``. The caller owns ``fd``.
+
+    Raises:
+        PoolError: nobody answers there in time, the server is another user's, or speaks another version.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(timeout_seconds)
+        try:
+            connection.connect(str(path))
+            uid = _peer_uid(connection)
+            if not _trusted(uid):
+                raise PoolError(f"the L1 pool at {path} belongs to user {uid}, neither ours nor root's")
+            message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise PoolError(f"no L1 pool can be had at {path}: {error}") from error
+    try:
+        size_bytes, pool_id = _parse(message, len(fds))
+    except PoolError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds[0], size_bytes, pool_id
+
+
+def _parse(message: bytes, num_fds: int) -> tuple[int, str]:
+    if not message:
+        raise PoolError("the server refused to hand its L1 pool over")
+    if len(message) < _HEADER.size or message[:4] != _MAGIC:
+        raise PoolError("what answered is no server of an L1 pool")
+    _, version, id_bytes, size_bytes = _HEADER.unpack_from(message)
+    if version != _VERSION or num_fds != 1 or len(message) != _HEADER.size + id_bytes:
+        raise PoolError(f"the server hands its L1 pool over by version {version}; this is {_VERSION}")
+    return size_bytes, message[_HEADER.size :].decode("utf-8", "replace")
+
+
+def _listen(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise PoolError(f"the socket's path is longer than {_MAX_PATH_BYTES} bytes: {path}")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_stale(path)
+        listener.bind(str(path))
+        # Who connects in between is still checked by user in serve_one.
+        path.chmod(0o600)
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise PoolError(f"cannot hand the L1 pool over at {path}: {error}") from error
+    except PoolError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a server that died; refuse to touch one that lives, or anything else."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise PoolError(f"{path} exists and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:  # its backlog is full: it lives
+            pass
+    raise PoolError(f"another server hands its L1 pool over at {path}")
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    uid: int = _PEER.unpack(credentials)[1]
+    return uid
+
+
+def _trusted(uid: int) -> bool:
+    return uid in {0, os.geteuid()}
