@@ -1,0 +1,29 @@
+"""The configuration: one tree of settings, its sources, and what it says about tiers.
+
+resolved = load_settings()
+for notice in resolved.notices: log it once
+tiers = tier_configs(resolved.settings)
+"""
+
+from __future__ import annotations
+
+from kvstrata.config.load import DEFAULT, Resolved, load_settings
+from kvstrata.config.secrets import mask, mask_url
+from kvstrata.config.settings import ALIASES, GIB, SETTINGS, Setting, Settings
+from kvstrata.config.tiers import TierConfig, tier_configs, tier_from_url
+
+__all__ = [
+    "ALIASES",
+    "DEFAULT",
+    "GIB",
+    "SETTINGS",
+    "Resolved",
+    "Setting",
+    "Settings",
+    "TierConfig",
+    "load_settings",
+    "mask",
+    "mask_url",
+    "tier_configs",
+    "tier_from_url",
+]

@@ -1,0 +1,139 @@
+"""From settings to the ordered list of tiers below L1."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from kvstrata import plugins
+from kvstrata.config.secrets import mask
+from kvstrata.config.settings import Settings
+from kvstrata.config.values import SCHEME_KINDS, nearest, parse_directory, url_kind
+from kvstrata.errors import ConfigError
+
+WritePolicy = Literal["all", "none"]
+
+
+class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One tier to be opened. Its options have been checked by the tier's own ``Options``."""
+
+    kind: str
+    """The name of its plug-in."""
+    name: str
+    """Unique among the tiers of one configuration; a label of metrics and logs."""
+    codec: str = "naive"
+    write_policy: WritePolicy = "all"
+    """"none": the tier is read from, never written to."""
+    options: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{key}={mask(getattr(self, key))!r}" for key in self.__struct_fields__)
+        return f"TierConfig({shown})"
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """What an item of ``tiers`` may have besides the options of its kind."""
+
+    kind: str | None = None
+    url: str | None = None
+    name: str | None = None
+    codec: str = "naive"
+    write_policy: WritePolicy = "all"
+
+
+def tier_configs(settings: Settings) -> list[TierConfig]:
+    """The tiers that ``settings`` ask for, in the order in which they are asked:
+    ``local_disk``, ``remote_url``, then ``tiers`` as listed.
+
+    Raises:
+        ConfigError: an item of ``tiers`` or an option of a tier is wrong.
+    """
+    configs: list[TierConfig] = []
+    if settings.local_disk is not None:
+        options = {"path": settings.local_disk, "max_bytes": settings.max_local_disk_bytes}
+        configs.append(_checked(settings, "local_disk", "disk", _Entry(), options))
+    if settings.remote_url is not None:
+        options = {"url": settings.remote_url}
+        if settings.ttl_seconds is not None:
+            options["ttl_seconds"] = settings.ttl_seconds
+        entry = _Entry(codec=settings.remote_serde)
+        configs.append(_checked(settings, "remote_url", url_kind(settings.remote_url), entry, options))
+    configs.extend(_from_item(settings, f"tiers[{index}]", item) for index, item in enumerate(settings.tiers))
+    return _named_apart(configs)
+
+
+def tier_from_url(url: str, settings: Settings | None = None) -> TierConfig:
+    """The tier at ``url``, with the options of its kind left at their defaults.
+
+    Raises:
+        ConfigError: there is no tier for such a URL, or it is wrong.
+    """
+    return _from_item(settings or Settings(), "URL", {"url": url})
+
+
+def _from_item(settings: Settings, where: str, item: dict[str, Any]) -> TierConfig:
+    try:
+        entry = msgspec.convert(item, _Entry)
+        kind = entry.kind or (url_kind(entry.url) if entry.url else None)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{where} = {mask(item)!r} is not allowed: {error}") from None
+    if kind is None:
+        raise ConfigError(f"{where} = {mask(item)!r} is not allowed: it needs 'kind' or 'url'")
+    options = {key: value for key, value in item.items() if key not in _OWN}
+    if entry.url is not None:
+        if SCHEME_KINDS.get(entry.url.partition("://")[0].lower()) == "disk":
+            options.setdefault("path", parse_directory(entry.url))
+        else:
+            options["url"] = entry.url
+    return _checked(settings, where, kind, entry, options)
+
+
+_OWN = frozenset(_Entry.__struct_fields__)
+
+
+def _checked(settings: Settings, where: str, kind: str, entry: _Entry, options: dict[str, Any]) -> TierConfig:
+    """A tier's configuration whose options its plug-in has accepted."""
+    _check_plugin("tiers", "tier", where, kind)
+    _check_plugin("codecs", "codec", where, entry.codec)
+    options_type = plugins.load("tiers", kind).Options
+    general = {"timeout_seconds": settings.blocking_timeout_secs, "num_workers": settings.num_workers}
+    options = general | options
+    unknown = sorted(set(options) - set(options_type.__struct_fields__))
+    if unknown:
+        known = [*options_type.__struct_fields__, *_OWN]
+        raise ConfigError(f"{where}: tier {kind!r} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
+    try:
+        msgspec.convert(options, options_type)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: options of tier {kind!r}: {error}, in {mask(options)!r}") from None
+    return TierConfig(
+        kind=kind,
+        name=entry.name or kind,
+        codec=entry.codec,
+        write_policy=entry.write_policy,
+        options=options,
+    )
+
+
+def _check_plugin(group: plugins.Group, noun: str, where: str, name: str) -> None:
+    known = plugins.names(group)
+    if name not in known:
+        listed = ", ".join(known)
+        raise ConfigError(
+            f"{where}: no {noun} {name!r} in this version{nearest(name, known)}; there is {listed}"
+        )
+
+
+def _named_apart(configs: list[TierConfig]) -> list[TierConfig]:
+    """Each with a name of its own, in its options too: ``redis``, ``redis-2`` ..."""
+    taken: set[str] = {"l1"}
+    named = []
+    for config in configs:
+        name, count = config.name, 1
+        while name in taken:
+            count += 1
+            name = f"{config.name}-{count}"
+        taken.add(name)
+        named.append(msgspec.structs.replace(config, name=name, options=config.options | {"name": name}))
+    return named
