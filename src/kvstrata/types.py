@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 from collections.abc import Sequence
 from urllib.parse import quote, unquote
@@ -53,7 +54,7 @@ class KVLayout(msgspec.Struct, frozen=True):
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
-        return sum(self.page_bytes)
+        return _block_bytes(self)
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens (the last one may be partly filled)."""
@@ -66,8 +67,7 @@ class KVLayout(msgspec.Struct, frozen=True):
     @property
     def fingerprint(self) -> bytes:
         """16 bytes that identify this layout."""
-        text = msgspec.json.encode(self)
-        return hashlib.sha256(b"kvstrata layout 1\0" + text).digest()[:16]
+        return _layout_fingerprint(self)
 
 
 class Namespace(msgspec.Struct, frozen=True):
@@ -95,7 +95,7 @@ class Namespace(msgspec.Struct, frozen=True):
     @property
     def fingerprint(self) -> bytes:
         """32 bytes that identify this namespace; the root of every hash chain in it."""
-        return hashlib.sha256(b"kvstrata namespace 1\0" + msgspec.json.encode(self)).digest()
+        return _namespace_fingerprint(self)
 
     def key(self, chunk_hash: bytes, shard: int) -> str:
         """The readable key of one shard: ``engine@model_name@world_size@worker_id@chunk_hash``."""
@@ -104,7 +104,30 @@ class Namespace(msgspec.Struct, frozen=True):
     @property
     def key_prefix(self) -> str:
         """What the keys of all shards of this engine, model and world size begin with."""
-        return f"{quote_name(self.engine)}@{quote_name(self.model_name)}@{self.world_size}@"
+        return _key_prefix(self)
+
+
+# A frozen Struct has no room for cached values, and these are asked for with every chunk.
+
+
+@functools.lru_cache(maxsize=256)
+def _block_bytes(layout: KVLayout) -> int:
+    return sum(layout.page_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout_fingerprint(layout: KVLayout) -> bytes:
+    return hashlib.sha256(b"kvstrata layout 1\0" + msgspec.json.encode(layout)).digest()[:16]
+
+
+@functools.lru_cache(maxsize=256)
+def _namespace_fingerprint(namespace: Namespace) -> bytes:
+    return hashlib.sha256(b"kvstrata namespace 1\0" + msgspec.json.encode(namespace)).digest()
+
+
+@functools.lru_cache(maxsize=256)
+def _key_prefix(namespace: Namespace) -> str:
+    return f"{quote_name(namespace.engine)}@{quote_name(namespace.model_name)}@{namespace.world_size}@"
 
 
 def quote_name(name: str) -> str:

@@ -62,19 +62,16 @@ class Client(ABC):
         """The chunk size that the server was told to use, if any. None while not connected."""
 
     @abstractmethod
-    def lookup(
-        self, request_id: str, namespace: Namespace, prefix: Prefix, *, max_tokens: int | None = None
-    ) -> Hit:
+    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
         """How many leading tokens of ``prefix`` are held, by all shards; leases them for ``request_id``.
 
         A pending answer means that lower tiers are being asked or read: call again with the same arguments.
         Once the answer is not pending it does not change until ``release``, and its slots stay.
-        ``max_tokens`` bounds the answer (whole pieces, except that the last one may be longer).
         """
 
     @abstractmethod
-    def release(self, request_id: str, *, shard: int | None = None) -> None:
-        """End the lease of ``request_id``: of one shard (each rank after its loads), or of all. Does not wait."""
+    def release(self, request_id: str) -> None:
+        """End the lease of ``request_id``. Nobody reads its payloads any more. Does not wait."""
 
     @abstractmethod
     def payloads(self, request_id: str, shard: int, hit: Hit, namespace: Namespace) -> list[memoryview] | None:

@@ -1,7 +1,10 @@
 """Handing the L1 pool to the processes of this host: its descriptor, over a unix socket.
 
 A client connects and gets one message: ``<4sHHQ`` (magic, version, length of the pool's id, size of the pool
-in bytes), then the pool's id in UTF-8, and with it the descriptor (``SCM_RIGHTS``). It sends nothing.
+in bytes), then the pool's id in UTF-8, and with it the descriptor (``SCM_RIGHTS``). It sends one message: the
+name of its session. The connection then stays open for as long as the client may write to the pool: the kernel
+closes it when the last process that holds it ends, however that happens and in whatever PID namespace it lives,
+so its end is the proof that a slot may be given to somebody else.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import socket
 import stat
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from kvstrata.errors import PoolError
 from kvstrata.memory.region import SharedRegion
@@ -53,23 +57,28 @@ class PoolServer:
         """The descriptor to poll for reading."""
         return self._socket.fileno()
 
-    def serve_one(self) -> bool:
-        """Answer one waiting client; whether there was one that got the pool. Never blocks."""
+    def serve_one(self) -> socket.socket | None:
+        """Answer one waiting client; the connection, if there was one that got the pool. Never blocks.
+
+        The connection is non-blocking and the caller's to keep: it becomes readable when the client says its
+        session's name (:func:`read_session`), and when it has ended.
+        """
         try:
             client, _ = self._socket.accept()
         except OSError:  # it went away, or none is there
-            return False
-        with client:
-            client.setblocking(False)
-            uid = _peer_uid(client)
-            if not _trusted(uid):
-                _log.warning("a process of user %d asked for the L1 pool and was refused", uid)
-                return False
+            return None
+        client.setblocking(False)
+        uid = _peer_uid(client)
+        if _trusted(uid):
             try:
                 socket.send_fds(client, [self._message], [self._fd])
             except OSError:  # it did not wait for the answer
-                return False
-            return True
+                client.close()
+                return None
+            return client
+        _log.warning("a process of user %d asked for the L1 pool and was refused", uid)
+        client.close()
+        return None
 
     def close(self) -> None:
         """Stop listening and remove the socket's file, if it still is ours. Idempotent."""
@@ -81,22 +90,54 @@ class PoolServer:
                 self.path.unlink()
 
 
-def fetch_pool(path: str | os.PathLike[str], timeout_seconds: float) -> tuple[int, int, str]:
-    """Ask the server at ``path`` for its pool; return ``(fd, size_bytes, pool_id)``. The caller owns ``fd``.
+def read_session(connection: socket.socket) -> str | None:
+    """What a readable connection of :meth:`PoolServer.serve_one` says; None when its client is gone."""
+    try:
+        message = connection.recv(_MAX_MESSAGE_BYTES)
+    except BlockingIOError:
+        return ""
+    except OSError:
+        return None
+    return message.decode("utf-8", "replace") if message else None
+
+
+class PoolHandle(NamedTuple):
+    """What a client got: close ``connection`` only after the pool is unmapped."""
+
+    fd: int
+    size_bytes: int
+    pool_id: str
+    connection: socket.socket
+
+
+def fetch_pool(path: str | os.PathLike[str], session: str, timeout_seconds: float) -> PoolHandle:
+    """Ask the server at ``path`` for its pool, for the session of that name. The caller owns what it gets.
 
     Raises:
         PoolError: nobody answers there in time, the server is another user's, or speaks another version.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.settimeout(timeout_seconds)
-        try:
-            connection.connect(str(path))
-            uid = _peer_uid(connection)
-            if not _trusted(uid):
-                raise PoolError(f"the L1 pool at {path} belongs to user {uid}, neither ours nor root's")
-            message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-        except OSError as error:
-            raise PoolError(f"no L1 pool can be had at {path}: {error}") from error
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        fd, size_bytes, pool_id = _fetch(connection, path, session, timeout_seconds)
+    except PoolError:
+        connection.close()
+        raise
+    return PoolHandle(fd, size_bytes, pool_id, connection)
+
+
+def _fetch(
+    connection: socket.socket, path: str | os.PathLike[str], session: str, timeout_seconds: float
+) -> tuple[int, int, str]:
+    connection.settimeout(timeout_seconds)
+    try:
+        connection.connect(str(path))
+        uid = _peer_uid(connection)
+        if not _trusted(uid):
+            raise PoolError(f"the L1 pool at {path} belongs to user {uid}, neither ours nor root's")
+        message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        connection.send(session.encode())
+    except OSError as error:
+        raise PoolError(f"no L1 pool can be had at {path}: {error}") from error
     try:
         size_bytes, pool_id = _parse(message, len(fds))
     except PoolError:

@@ -1,0 +1,509 @@
+"""The core: lookup, prefetch, reserve, commit, release, clear over L1 and the tiers.
+
+Every method takes the lock, changes state, and returns or hands on the I/O that is to be done; the I/O happens
+after the lock is released, on the threads of ``cache.io``. No method waits for I/O.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from kvstrata.cache.frames import Transfer, prepare
+from kvstrata.cache.gate import Gate
+from kvstrata.cache.index import Entry, Index, State, entry_key
+from kvstrata.cache.io import TierIO
+from kvstrata.cache.lookups import Lookup
+from kvstrata.cache.walk import Walk, best_cover, missing_candidates, walk
+from kvstrata.codecs.base import HEADER_BYTES, FrameHeader
+from kvstrata.codecs.naive import NaiveCodec
+from kvstrata.metrics import Metrics
+from kvstrata.types import PENDING, Hit, Miss, MissReason, Namespace, Piece, Prefix, Slot
+
+logger = logging.getLogger(__name__)
+
+Job = Callable[[], None]
+"""I/O to do once the lock is released."""
+
+
+class Cache:
+    """The cache core. Thread-safe.
+
+    An **owner** is whoever must give back what it holds: a session of a server, or a local client.
+    """
+
+    def __init__(
+        self,
+        pool: memoryview,
+        pool_id: str,
+        index: Index,
+        tiers: Sequence[TierIO],
+        metrics: Metrics,
+        *,
+        gate: Gate,
+        keep_in_l1: bool = True,
+        lookup_timeout_seconds: float = 3.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool = pool
+        self.pool_id = pool_id
+        self.index = index
+        self.tiers = tiers
+        self.metrics = metrics
+        self.gate = gate
+        self.keep_in_l1 = keep_in_l1
+        """False: L1 only passes data on to and from the tiers."""
+        self._lookup_timeout_seconds = lookup_timeout_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._namespaces: dict[Namespace, Namespace] = {}
+        self._lookups: dict[tuple[str, str], Lookup] = {}
+        self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
+        self._clearing: dict[int, list[Namespace | None]] = {i: [] for i in range(len(tiers))}
+        metrics.l1_capacity_bytes.set(index.allocator.capacity_bytes)
+
+    def intern(self, namespace: Namespace) -> Namespace:
+        """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
+        with self._lock:
+            return self._namespaces.setdefault(namespace, namespace)
+
+    # Lookup
+
+    def lookup(self, owner: str, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+        """See ``client.base.Client.lookup``. ``namespace`` is interned."""
+        now = self._clock()
+        with self._lock:
+            lookup = self._lookups.get((owner, request_id))
+            if lookup is None:
+                lookup = Lookup(namespace, prefix, now, now + self._lookup_timeout_seconds)
+                self._lookups[owner, request_id] = lookup
+            hit, jobs = self._advance(lookup, now)
+            if hit.num_tokens == 0 and not hit.pending:
+                self._release(owner, request_id)
+        for job in jobs:
+            job()
+        return hit
+
+    def _advance(self, lookup: Lookup, now: float) -> tuple[Hit, list[Job]]:
+        """The answer as of now, and what to ask the tiers."""
+        if lookup.hit is not None:
+            return lookup.hit, []
+        expired = now >= lookup.deadline
+        reached = walk(self.index, lookup.namespace, lookup.prefix, wait=not expired)
+        if reached.complete:
+            return self._finish(lookup, reached), []
+        if expired:
+            return self._expire(lookup, reached)
+        if not lookup.probed and not reached.loading and self.tiers:
+            return PENDING, self._probe(lookup, reached)
+        if reached.loading or lookup.waiting_for:
+            for shards in reached.entries:
+                for entry in shards:
+                    lookup.lease(entry)
+            for entry in reached.loading:
+                lookup.lease(entry)
+            return PENDING, []
+        return self._finish(lookup, reached), []
+
+    def _expire(self, lookup: Lookup, reached: Walk) -> tuple[Hit, list[Job]]:
+        """The deadline has passed: the answer is what has arrived."""
+        stalled = [self.tiers[tier].stalled for tier in lookup.waiting_for]
+        lookup.waiting_for.clear()
+        lookup.reason = MissReason.DEADLINE
+        return self._finish(lookup, reached), stalled
+
+    def _finish(self, lookup: Lookup, reached: Walk) -> Hit:
+        for shards in reached.entries:
+            for entry in shards:
+                lookup.lease(entry)
+        by_tier: dict[str, int] = {}
+        for piece, shards in zip(reached.pieces, reached.entries, strict=True):
+            tier = next((name for e in shards if (name := lookup.fetched.get(e.key))), "l1")
+            by_tier[tier] = by_tier.get(tier, 0) + piece.num_tokens
+        shards_range = range(lookup.namespace.world_size)
+        for shard in shards_range:
+            self.index.touch(entries[shard] for entries in reached.entries)
+        reason = None
+        if not reached.complete:
+            reason = lookup.reason or self._why_missing(lookup, reached)
+        lookup.hit = Hit(
+            num_tokens=reached.num_tokens,
+            pieces=tuple(reached.pieces),
+            offsets=tuple(
+                tuple(entries[shard].offset + HEADER_BYTES for entries in reached.entries)
+                for shard in shards_range
+            ),
+            pool_id=self.pool_id,
+            tokens_by_tier=by_tier,
+            miss_reason=reason,
+        )
+        self.metrics.looked_up(lookup.prefix.num_tokens, by_tier, reason, self._clock() - lookup.started_at)
+        return lookup.hit
+
+    def _why_missing(self, lookup: Lookup, reached: Walk) -> MissReason:
+        candidates = missing_candidates(lookup.namespace, lookup.prefix, reached.next_block)
+        if not candidates:
+            return MissReason.ABSENT
+        return self.index.why_missing(candidates[0].chunk_hash, 0)
+
+    # Prefetch
+
+    def _probe(self, lookup: Lookup, reached: Walk) -> list[Job]:
+        """Ask all tiers at once what they hold beyond ``reached``."""
+        lookup.probed = True
+        for shards in reached.entries:
+            for entry in shards:
+                lookup.lease(entry)
+        lookup.candidates = missing_candidates(lookup.namespace, lookup.prefix, reached.next_block)
+        keys = [
+            lookup.namespace.key(piece.chunk_hash, shard)
+            for piece in lookup.candidates
+            for shard in range(lookup.namespace.world_size)
+        ]
+        asked = [i for i in range(len(self.tiers)) if not self._is_clearing(i, lookup.namespace)]
+        lookup.waiting_for = set(asked)
+        expires_at = time.monotonic() + lookup.deadline - self._clock()
+        return [
+            partial(self.tiers[i].contains, keys, expires_at, partial(self._probed, lookup, i)) for i in asked
+        ]
+
+    def _probed(self, lookup: Lookup, tier: int, held: list[bool] | None) -> None:
+        """A tier answered; on its look-up thread, or on the caller's when it is down."""
+        with self._lock:
+            if lookup.hit is not None or lookup.released:
+                return
+            lookup.waiting_for.discard(tier)
+            if held is None:
+                lookup.reason = MissReason.TIER_DOWN
+            elif not self._is_clearing(tier, lookup.namespace):
+                lookup.held_by_tier[tier] = held
+            jobs = [] if lookup.waiting_for else self._plan_reads(lookup)
+        for job in jobs:
+            job()
+
+    def _plan_reads(self, lookup: Lookup) -> list[Job]:
+        """Reserve slots for what the tiers hold and is worth loading."""
+        namespace = lookup.namespace
+        sources = {
+            piece.chunk_hash: tiers
+            for i, piece in enumerate(lookup.candidates)
+            if None not in (tiers := lookup.tiers_holding(i))
+        }
+        reached = walk(self.index, namespace, lookup.prefix, wait=False)
+        cover = best_cover(namespace, lookup.prefix, reached.next_block, set(sources))
+        transfers: dict[int, list[tuple[Transfer, Entry]]] = {}
+        for piece in self._worth_loading(lookup, cover, sources):
+            for shard, tier in enumerate(sources[piece.chunk_hash]):
+                if tier is None or not self._plan_read(lookup, piece, shard, tier, transfers):
+                    lookup.reason = MissReason.NO_SPACE
+                    return self._read_jobs(lookup, transfers)
+        return self._read_jobs(lookup, transfers)
+
+    def _worth_loading(
+        self, lookup: Lookup, cover: list[Piece], sources: dict[bytes, list[int | None]]
+    ) -> list[Piece]:
+        """The leading part of ``cover`` that the gate lets through."""
+        fingerprint, now = lookup.namespace.fingerprint, self._clock()
+        tokens: dict[int, int] = {}
+        for piece in cover:
+            tier = sources[piece.chunk_hash][0] or 0
+            tokens[tier] = tokens.get(tier, 0) + piece.num_tokens
+        for end, piece in enumerate(cover):
+            tier = sources[piece.chunk_hash][0] or 0
+            size = lookup.namespace.layout.payload_bytes(tokens[tier]) * lookup.namespace.world_size
+            if not self.gate.worth_loading(fingerprint, self.tiers[tier].name, tokens[tier], size, now):
+                lookup.reason = MissReason.GATED
+                self.metrics.gated(self.tiers[tier].name)
+                return cover[:end]
+        return cover
+
+    def _plan_read(
+        self,
+        lookup: Lookup,
+        piece: Piece,
+        shard: int,
+        tier: int,
+        transfers: dict[int, list[tuple[Transfer, Entry]]],
+    ) -> bool:
+        """Hold the entry of one shard for the lookup, and note its read unless it is there or on its way."""
+        entry = self.index.get(piece.chunk_hash, shard)
+        if entry is None:
+            entry = self.index.insert(lookup.namespace, piece, shard, State.LOADING)
+            if entry is None:
+                return False
+            transfers.setdefault(tier, []).append((self._transfer(entry, piece), entry))
+        if entry.state is State.LOADING:
+            lookup.fetched[entry.key] = self.tiers[tier].name
+        lookup.lease(entry)
+        return True
+
+    def _read_jobs(self, lookup: Lookup, transfers: dict[int, list[tuple[Transfer, Entry]]]) -> list[Job]:
+        jobs: list[Job] = []
+        for tier, pairs in transfers.items():
+            entries = {transfer.key: entry for transfer, entry in pairs}
+            done = partial(self._loaded, lookup, tier, entries)
+            jobs.append(partial(self.tiers[tier].read, [transfer for transfer, _ in pairs], done))
+        return jobs
+
+    def _loaded(
+        self,
+        lookup: Lookup,
+        tier: int,
+        entries: dict[str, Entry],
+        transfers: Sequence[Transfer],
+        outcome: Sequence[Miss | None],
+        seconds: float,
+    ) -> None:
+        """A batch was read; on a read thread of the tier."""
+        now = self._clock()
+        with self._lock:
+            good_bytes = 0
+            for transfer, miss in zip(transfers, outcome, strict=True):
+                entry = entries[transfer.key]
+                if miss is None:
+                    good_bytes += len(transfer.payload)
+                    entry.tiers |= 1 << tier
+                    if entry.state is State.LOADING:
+                        entry.state = State.READY
+                else:
+                    lookup.reason = lookup.reason or miss.reason
+                    if entry.state is State.LOADING:
+                        self.index.drop(entry)
+                self.index.unlease(entry)
+            self.gate.read(self.tiers[tier].name, good_bytes, seconds, now)
+
+    # Store
+
+    def reserve(self, owner: str, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> list[Slot | None]:
+        """Slots for the pieces that are not held; None for those that are, or for which there is no room."""
+        slots: list[Slot | None] = []
+        jobs: list[Job] = []
+        with self._lock:
+            for piece in pieces:
+                entry = self.index.get(piece.chunk_hash, shard)
+                if entry is not None:
+                    slots.append(None)
+                    if entry.state is State.READY:
+                        jobs += self._plan_writes(entry, self._transfer(entry, piece))
+                    continue
+                entry = self.index.insert(namespace, piece, shard, State.WRITING)
+                if entry is None:
+                    slots.append(None)
+                    self.metrics.stores_dropped.inc()
+                    continue
+                transfer = self._transfer(entry, piece)
+                prepare(transfer)
+                self._reserved[owner, entry.key] = entry, transfer
+                slots.append(Slot(entry.offset + HEADER_BYTES, entry.payload_bytes))
+        for job in jobs:
+            job()
+        return slots
+
+    def commit(self, owner: str, shard: int, chunk_hashes: Sequence[bytes]) -> None:
+        """Reserved payloads are complete: make them visible, and write them to the tiers in the background."""
+        jobs: list[Job] = []
+        with self._lock:
+            committed = []
+            for chunk_hash in chunk_hashes:
+                entry, transfer = self._reserved.pop((owner, entry_key(chunk_hash, shard)), (None, None))
+                if entry is None or transfer is None:
+                    continue
+                if entry.state is State.WRITING:
+                    entry.state = State.READY
+                    committed.append(entry)
+                    jobs += self._plan_writes(entry, transfer)
+                self._unlease(entry)
+            self.index.touch(committed)
+            self.metrics.stored(sum(e.num_tokens for e in committed), sum(e.payload_bytes for e in committed))
+        for job in jobs:
+            job()
+
+    def abort(self, owner: str, shard: int, chunk_hashes: Sequence[bytes]) -> None:
+        """Reserved slots are given back; nothing was stored."""
+        with self._lock:
+            for chunk_hash in chunk_hashes:
+                self._abort(owner, entry_key(chunk_hash, shard))
+
+    def _abort(self, owner: str, key: bytes) -> None:
+        entry, _ = self._reserved.pop((owner, key), (None, None))
+        if entry is None:
+            return
+        if entry.state is State.WRITING:
+            self.index.drop(entry)
+        self.index.unlease(entry)
+
+    def _plan_writes(self, entry: Entry, transfer: Transfer) -> list[Job]:
+        """Lease the entry once per tier that lacks it, and write it there."""
+        jobs: list[Job] = []
+        for i in range(len(self.tiers)):
+            if entry.tiers & (1 << i) or not self.tiers[i].stores or self._is_clearing(i, entry.namespace):
+                continue
+            entry.tiers |= 1 << i
+            entry.leases += 1
+            jobs.append(partial(self._write, i, entry, transfer))
+        return jobs
+
+    def _write(self, tier: int, entry: Entry, transfer: Transfer) -> None:
+        if not self.tiers[tier].write(transfer, partial(self._written, tier, entry)):
+            self._written(tier, entry, written=False)
+
+    def _written(self, tier: int, entry: Entry, *, written: bool) -> None:
+        """A tier has it, or not; on the tier's write thread, or on the caller's when the write was dropped."""
+        with self._lock:
+            if not written:
+                entry.tiers &= ~(1 << tier)
+            self._unlease(entry)
+
+    def _unlease(self, entry: Entry) -> None:
+        self.index.unlease(entry)
+        if not self.keep_in_l1 and entry.leases == 0 and entry.state is State.READY:
+            self.index.drop(entry)
+
+    def _transfer(self, entry: Entry, piece: Piece) -> Transfer:
+        """The entry's slot and what a frame in it must say."""
+        layout = entry.namespace.layout
+        payload_bytes = entry.payload_bytes
+        return Transfer(
+            key=entry.namespace.key(entry.chunk_hash, entry.shard),
+            slot=self.pool[entry.offset : entry.offset + HEADER_BYTES + payload_bytes],
+            expected=FrameHeader(
+                shard=entry.shard,
+                first_token=entry.first_token,
+                num_tokens=entry.num_tokens,
+                block_size=layout.block_size,
+                payload_bytes=payload_bytes,
+                encoded_bytes=payload_bytes,
+                layout_fingerprint=layout.fingerprint,
+                chunk_hash=entry.chunk_hash,
+                tokens_hash=piece.tokens_hash,
+                payload_checksum=b"",
+                created_at=int(time.time()),
+                codec=NaiveCodec.name,
+                dtype=layout.dtype,
+            ),
+        )
+
+    # Giving back
+
+    def release(self, owner: str, request_id: str) -> None:
+        """End a lookup and its leases."""
+        with self._lock:
+            self._release(owner, request_id)
+
+    def _release(self, owner: str, request_id: str) -> None:
+        lookup = self._lookups.pop((owner, request_id), None)
+        if lookup is None:
+            return
+        lookup.released = True
+        for entry in lookup.leased.values():
+            self._unlease(entry)
+        lookup.leased.clear()
+
+    def drop_owner(self, owner: str) -> None:
+        """An owner is known to be gone: its lookups end and its reservations are given back.
+
+        Only call this when no process can still write to the owner's slots.
+        """
+        with self._lock:
+            for _, request_id in [key for key in self._lookups if key[0] == owner]:
+                self._release(owner, request_id)
+            for _, key in [key for key in self._reserved if key[0] == owner]:
+                self._abort(owner, key)
+
+    def leased_payloads(self, owner: str, request_id: str, shard: int) -> list[memoryview] | None:
+        """The payloads of an answered lookup, for a client that cannot map the pool."""
+        with self._lock:
+            lookup = self._lookups.get((owner, request_id))
+            if lookup is None or lookup.hit is None:
+                return None
+            sizes = [lookup.namespace.layout.payload_bytes(p.num_tokens) for p in lookup.hit.pieces]
+            return [
+                self.pool[offset : offset + size]
+                for offset, size in zip(lookup.hit.offsets[shard], sizes, strict=True)
+            ]
+
+    def reserved_payload(self, owner: str, shard: int, chunk_hash: bytes) -> memoryview | None:
+        """The payload of a reservation, for a client that cannot map the pool."""
+        with self._lock:
+            _, transfer = self._reserved.get((owner, entry_key(chunk_hash, shard)), (None, None))
+            return None if transfer is None else transfer.payload
+
+    # Operations
+
+    def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
+        """See ``client.base.Client.report_prefill``."""
+        with self._lock:
+            self.gate.prefilled(namespace.fingerprint, num_tokens, seconds, self._clock())
+
+    def _is_clearing(self, tier: int, namespace: Namespace) -> bool:
+        return any(scope is None or scope is namespace for scope in self._clearing[tier])
+
+    def clear(self, namespace: Namespace | None = None) -> int:
+        """Drop a namespace, or everything, from L1 now and from the tiers in the background."""
+        jobs: list[Job] = []
+        with self._lock:
+            entries = self.index.of_namespace(namespace)
+            for entry in entries:
+                self.index.drop(entry)
+            for lookup in self._lookups.values():
+                if namespace is None or lookup.namespace is namespace:
+                    lookup.held_by_tier.clear()
+            prefix = "" if namespace is None else namespace.key_prefix
+            for i, tier in enumerate(self.tiers):
+                self._clearing[i].append(namespace)
+                jobs.append(partial(tier.clear, prefix, partial(self._cleared, i, namespace)))
+        for job in jobs:
+            job()
+        return len(entries)
+
+    def _cleared(self, tier: int, namespace: Namespace | None) -> None:
+        with self._lock:
+            self._clearing[tier].remove(namespace)
+
+    def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
+        """Readable keys of L1 that begin with ``prefix``, at most ``limit``."""
+        keys: list[str] = []
+        with self._lock:
+            for entry in self.index.entries.values():
+                if entry.state is State.READY:
+                    key = entry.namespace.key(entry.chunk_hash, entry.shard)
+                    if key.startswith(prefix):
+                        keys.append(key)
+                        if len(keys) == limit:
+                            break
+        return keys
+
+    def stats(self) -> dict[str, Any]:
+        """A snapshot for the API; the tiers' own numbers are as they last knew them."""
+        with self._lock:
+            allocator = self.index.allocator
+            l1 = {
+                "entries": len(self.index),
+                "used_bytes": allocator.used_bytes,
+                "budget_bytes": allocator.capacity_bytes,
+                "evictions": self.index.num_evicted,
+                "lookups": len(self._lookups),
+                "reservations": len(self._reserved),
+            }
+            rates = self.gate.estimates()
+        tiers = [tier.stats() for tier in self.tiers]
+        return {"l1": l1, "tiers": tiers, "rates": rates, "totals": self.metrics.totals()}
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until all queued writes have ended; whether they have."""
+        deadline = time.monotonic() + timeout_seconds
+        while any(tier.queued_bytes for tier in self.tiers):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """Write what is queued, then end the threads and the tiers."""
+        self.flush(timeout_seconds)
+        for tier in self.tiers:
+            tier.close()

@@ -1,0 +1,176 @@
+"""What L1 holds: a pure state machine. No I/O, no lock, no clock of its own; ``cache.Cache`` guards it.
+
+    reserve ──> WRITING ──commit──> READY ──evict, delete──> freed
+    prefetch ─> LOADING ──loaded──> READY
+    any of them ──dropped while leased──> DROPPED ──last lease ends──> freed
+
+A slot holds one frame: a header of ``HEADER_BYTES``, then the payload, so that a frame goes to and comes from
+a tier without a copy. Only READY entries without a lease and without a child in L1 are evicted, so that tails
+and the ends of chains go before the prefixes that they depend on. A slot is never freed under a lease.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Iterable
+
+from kvstrata.codecs.base import HEADER_BYTES
+from kvstrata.memory.pool import SlotAllocator
+from kvstrata.policies.base import EvictionPolicy
+from kvstrata.types import MissReason, Namespace, Piece
+
+_MAX_PASSED_OVER = 10_000
+"""Victims that one allocation looks at; more means that nearly all of L1 is in use."""
+_MAX_GHOSTS = 65_536
+"""Evicted keys that are remembered, to tell an evicted miss from an absent one."""
+
+
+class State(enum.IntEnum):
+    """Where an entry is in its life."""
+
+    WRITING = 0
+    LOADING = 1
+    READY = 2
+    DROPPED = 3
+
+
+def entry_key(chunk_hash: bytes, shard: int) -> bytes:
+    """The index key of one shard."""
+    return chunk_hash + shard.to_bytes(2, "little")
+
+
+class Entry:
+    """The index record of one shard in L1. A million of these exist: no field without a need."""
+
+    __slots__ = (
+        "first_token",
+        "key",
+        "leases",
+        "namespace",
+        "num_children",
+        "num_tokens",
+        "offset",
+        "parent",
+        "state",
+        "tiers",
+    )
+
+    def __init__(self, key: bytes, namespace: Namespace, piece: Piece, offset: int, state: State) -> None:
+        self.key = key
+        self.namespace = namespace
+        self.first_token = piece.first_token
+        self.num_tokens = piece.num_tokens
+        self.offset = offset
+        """Where the frame begins in the pool."""
+        self.state = state
+        self.parent: Entry | None = None
+        self.num_children = 0
+        self.leases = 0
+        """Lookups, reservations and moves that need the slot to stay."""
+        self.tiers = 0
+        """Bit mask of the tiers that hold it, or will after a queued write."""
+
+    @property
+    def chunk_hash(self) -> bytes:
+        return self.key[:-2]
+
+    @property
+    def shard(self) -> int:
+        return int.from_bytes(self.key[-2:], "little")
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.namespace.layout.payload_bytes(self.num_tokens)
+
+
+class Index:
+    """The entries of L1, their slots and their order of eviction."""
+
+    def __init__(self, allocator: SlotAllocator, policy: EvictionPolicy) -> None:
+        self.entries: dict[bytes, Entry] = {}
+        self.allocator = allocator
+        self.policy = policy
+        self.num_evicted = 0
+        self._ghosts: dict[bytes, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def get(self, chunk_hash: bytes, shard: int) -> Entry | None:
+        return self.entries.get(entry_key(chunk_hash, shard))
+
+    def insert(self, namespace: Namespace, piece: Piece, shard: int, state: State) -> Entry | None:
+        """A new entry with a slot and one lease, evicting as needed; None when there is no room for it now.
+
+        The key must not be held.
+        """
+        frame_bytes = HEADER_BYTES + namespace.layout.payload_bytes(piece.num_tokens)
+        parent = self.get(piece.parent_hash, shard)
+        if parent is not None:
+            parent.num_children += 1  # so that it is not the victim that makes room for its child
+        offset = self._allocate(frame_bytes)
+        if offset is None:
+            if parent is not None:
+                parent.num_children -= 1
+            return None
+        entry = Entry(entry_key(piece.chunk_hash, shard), namespace, piece, offset, state)
+        entry.parent = parent
+        entry.leases = 1
+        self.entries[entry.key] = entry
+        self._ghosts.pop(entry.key, None)
+        self.policy.added(entry.key, frame_bytes)
+        return entry
+
+    def _allocate(self, size_bytes: int) -> int | None:
+        offset = self.allocator.allocate(size_bytes)
+        if offset is not None or size_bytes > self.allocator.capacity_bytes:
+            return offset
+        for key in itertools.islice(self.policy.victims(), _MAX_PASSED_OVER):
+            entry = self.entries[key]
+            if entry.state is not State.READY or entry.leases or entry.num_children:
+                self.policy.touched(key)
+                continue
+            self.drop(entry, evicted=True)
+            offset = self.allocator.allocate(size_bytes)
+            if offset is not None:
+                return offset
+        return None
+
+    def drop(self, entry: Entry, *, evicted: bool = False) -> None:
+        """Forget an entry. Its slot is freed now, or when its last lease ends."""
+        del self.entries[entry.key]
+        self.policy.removed(entry.key, evicted=evicted)
+        if entry.parent is not None:
+            entry.parent.num_children -= 1
+            entry.parent = None
+        entry.state = State.DROPPED
+        if entry.leases == 0:
+            self.allocator.free(entry.offset)
+        if evicted:
+            self.num_evicted += 1
+            self._ghosts[entry.key] = None
+            if len(self._ghosts) > _MAX_GHOSTS:
+                del self._ghosts[next(iter(self._ghosts))]
+
+    def unlease(self, entry: Entry) -> None:
+        """One lease less. Nobody who held it touches the slot any more."""
+        entry.leases -= 1
+        if entry.leases == 0 and entry.state is State.DROPPED:
+            self.allocator.free(entry.offset)
+
+    def touch(self, chain: Iterable[Entry]) -> None:
+        """A chain of entries was used. Its end is touched first, so that it goes first."""
+        for entry in reversed(list(chain)):
+            if entry.state is not State.DROPPED:
+                self.policy.touched(entry.key)
+
+    def why_missing(self, chunk_hash: bytes, shard: int) -> MissReason:
+        """Why L1 does not hold a shard, as far as it remembers."""
+        if entry_key(chunk_hash, shard) in self._ghosts:
+            return MissReason.EVICTED
+        return MissReason.ABSENT
+
+    def of_namespace(self, namespace: Namespace | None) -> list[Entry]:
+        """The entries of a namespace, or all."""
+        return [e for e in self.entries.values() if namespace is None or e.namespace is namespace]

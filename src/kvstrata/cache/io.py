@@ -1,0 +1,274 @@
+"""Moves between L1 and the tiers: the only place that makes threads, and the only one where faults of backends
+become misses.
+
+Per tier: one thread for look-ups, so that they never wait behind transfers; some for reads; one for writes.
+Callbacks run on those threads, without any lock held.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from kvstrata.cache.breaker import PROBE_SECONDS, Breaker
+from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
+from kvstrata.codecs.base import Codec
+from kvstrata.errors import TierError, TierFull
+from kvstrata.metrics import Metrics
+from kvstrata.tiers.base import Tier
+from kvstrata.types import Miss, MissReason
+
+logger = logging.getLogger(__name__)
+
+BATCH_BYTES = 16 << 20
+"""Bytes of one read or write call to a tier: large enough to pipeline, small enough to share among threads."""
+
+T = TypeVar("T")
+ContainsDone = Callable[[list[bool] | None], None]
+ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None], float], None]
+WriteDone = Callable[[Sequence[Transfer], bool], None]
+
+
+class Workers:
+    """Daemon threads that run jobs from one queue, in order. A hung backend must not keep a process alive."""
+
+    def __init__(self, name: str, num_threads: int) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvstrata-{name}-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+
+    def close(self, timeout_seconds: float) -> None:
+        """Let queued jobs end, then the threads; give up on what hangs."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + timeout_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class TierIO:
+    """One tier with its threads, its bounds and its circuit breaker."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        name: str,
+        codec: Codec,
+        codecs: dict[str, Codec],
+        metrics: Metrics,
+        *,
+        num_workers: int,
+        write_queue_bytes: int,
+    ) -> None:
+        self.tier = tier
+        self.name = name
+        self.codec = codec
+        self.breaker = Breaker()
+        self.queued_bytes = 0
+        self.num_dropped = 0
+        self._codecs = codecs
+        self._metrics = metrics
+        self._write_queue_bytes = write_queue_bytes
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._said_full = False
+        self._lookups = Workers(f"{name}-lookup", 1)
+        self._reads = Workers(f"{name}-read", max(1, num_workers - 2))
+        self._writes = Workers(f"{name}-write", 1)
+        self._num_read_threads = max(1, num_workers - 2)
+        metrics.tier_added(name)
+
+    # Look-ups
+
+    def contains(self, keys: Sequence[str], expires_at: float, done: ContainsDone) -> None:
+        """Ask which keys are held; ``done(None)`` when the tier is down or the answer came too late to matter."""
+        if self.breaker.is_open:
+            done(None)
+            return
+
+        def job() -> None:
+            held = None
+            if not self.breaker.is_open and time.monotonic() < expires_at:
+                held = self._call("contains", 0, lambda: self.tier.contains(keys))
+            done(held)
+
+        self._lookups.submit(job)
+
+    def stalled(self) -> None:
+        """A look-up gave up waiting for this tier."""
+        if self.breaker.stalled():
+            self._opened("an operation outlived its deadline")
+
+    # Reads
+
+    def read(self, transfers: Sequence[Transfer], done: ReadDone) -> None:
+        """Read frames into their slots, in batches; ``done`` is called once per batch."""
+        asked_at = time.monotonic()
+        for batch in self._batches(transfers):
+            self._reads.submit(partial(self._read_batch, batch, asked_at, done))
+
+    def _batches(self, transfers: Sequence[Transfer]) -> list[list[Transfer]]:
+        total = sum(len(t.slot) for t in transfers)
+        limit = min(BATCH_BYTES, -(-total // self._num_read_threads))
+        batches: list[list[Transfer]] = []
+        size = limit
+        for transfer in transfers:
+            if size >= limit:
+                batches.append([])
+                size = 0
+            batches[-1].append(transfer)
+            size += len(transfer.slot)
+        return batches
+
+    def _read_batch(self, batch: Sequence[Transfer], asked_at: float, done: ReadDone) -> None:
+        buffers = [read_buffer(transfer, self.codec) for transfer in batch]
+        keys = [transfer.key for transfer in batch]
+        size = sum(len(t.payload) for t in batch)
+        results = None
+        if not self.breaker.is_open:
+            results = self._call("read", size, lambda: self.tier.read(keys, buffers))
+        if results is None:
+            outcome: list[Miss | None] = [Miss(MissReason.TIER_DOWN)] * len(batch)
+        else:
+            outcome = [
+                result if isinstance(result, Miss) else accept_frame(transfer, buffer[:result], self._codecs)
+                for transfer, buffer, result in zip(batch, buffers, results, strict=True)
+            ]
+        bad = []
+        for transfer, miss in zip(batch, outcome, strict=True):
+            if miss is not None:
+                self._metrics.frame_missed(self.name, miss.reason)
+                if miss.reason in (MissReason.CORRUPT, MissReason.LAYOUT_MISMATCH):
+                    logger.warning("tier %s: entry %s is unusable: %s", self.name, transfer.key, miss.detail)
+                    bad.append(transfer.key)
+        done(batch, outcome, time.monotonic() - asked_at)
+        if bad:
+            self.delete(bad)
+
+    # Writes
+
+    def write(self, transfer: Transfer, done: WriteDone) -> bool:
+        """Queue a write; False (and counted) when the tier is down or its queue is full: the write is dropped."""
+        size = len(transfer.slot)
+        with self._lock:
+            if self.breaker.is_open or self.queued_bytes + size > self._write_queue_bytes:
+                self.num_dropped += 1
+                self._metrics.write_dropped(self.name)
+                return False
+            self.queued_bytes += size
+        self._writes.submit(lambda: self._write_one(transfer, done))
+        return True
+
+    def _write_one(self, transfer: Transfer, done: WriteDone) -> None:
+        def job() -> bool:
+            self.tier.write([transfer.key], [encode_frame(transfer, self.codec)])
+            return True
+
+        size = len(transfer.slot)
+        written = bool(not self.breaker.is_open and self._call("write", size, job))
+        with self._lock:
+            self.queued_bytes -= size
+            if not written:
+                self.num_dropped += 1
+                self._metrics.write_dropped(self.name)
+        done([transfer], written)
+
+    # Deletes
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete in the background, after the writes that are queued."""
+        self._writes.submit(lambda: self._delete_now(keys))
+
+    def _delete_now(self, keys: Sequence[str]) -> None:
+        self._call("delete", 0, lambda: self.tier.delete(keys))
+
+    def clear(self, prefix: str, done: Callable[[], None]) -> None:
+        """Delete all keys with a prefix in the background, after the writes that are queued."""
+
+        def clear() -> int:
+            deleted = 0
+            batch: list[str] = []
+            for key in self.tier.scan(prefix):
+                batch.append(key)
+                if len(batch) == 256:
+                    deleted += self.tier.delete(batch)
+                    batch = []
+            return deleted + (self.tier.delete(batch) if batch else 0)
+
+        def job() -> None:
+            deleted = self._call("clear", 0, clear)
+            logger.info("tier %s: cleared %s (%s entries)", self.name, prefix or "everything", deleted)
+            done()
+
+        self._writes.submit(job)
+
+    # The border: faults of backends end here
+
+    def _call(self, operation: str, num_bytes: int, call: Callable[[], T]) -> T | None:
+        """Run one operation of the tier; None when it failed, which is logged and counted here and nowhere else."""
+        started = time.monotonic()
+        try:
+            result = call()
+        except TierError as error:
+            self._failed(operation, error)
+            return None
+        except Exception as error:
+            # A tier may come from a plug-in. Its bugs must not end this thread, nor reach a request.
+            logger.exception("tier %s: %s broke the tier contract", self.name, operation)
+            self._failed(operation, error)
+            return None
+        self.breaker.succeeded()
+        self._metrics.tier_operation(self.name, operation, num_bytes, time.monotonic() - started)
+        return result
+
+    def _failed(self, operation: str, error: Exception) -> None:
+        self._metrics.tier_failed(self.name)
+        if isinstance(error, TierFull):
+            # Full is no reason to stop reading.
+            if not self._said_full:
+                logger.warning("tier %s is full and does not evict: %s", self.name, error)
+                self._said_full = True
+            return
+        if self.breaker.failed():
+            self._opened(f"{operation}: {error}")
+
+    def _opened(self, reason: str) -> None:
+        logger.warning("tier %s (%s) is down, going on without it: %s", self.name, self.tier.describe(), reason)
+        self._metrics.breaker_changed(self.name, is_open=True)
+        threading.Thread(target=self._probe, name=f"kvstrata-{self.name}-probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        """Ask in the background until the tier answers again."""
+        while not self._closing.wait(PROBE_SECONDS):
+            try:
+                self.tier.contains(["kvstrata@probe"])
+            except TierError:
+                continue
+            self.breaker.succeeded()
+            self._said_full = False
+            self._metrics.breaker_changed(self.name, is_open=False)
+            logger.info("tier %s is back", self.name)
+            return
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """End queued work within the time, then the threads and the tier."""
+        self._closing.set()
+        for workers in (self._lookups, self._reads, self._writes):
+            workers.close(timeout_seconds)
+        self.tier.close()

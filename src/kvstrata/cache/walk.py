@@ -1,0 +1,148 @@
+"""Walks along a prefix: which pieces L1 holds, and which keys lower tiers could hold. Pure functions.
+
+For a chunk position the candidates are the full chunk, then shorter tails at block boundaries, longest first;
+for the last, partly filled block its exact remainder. A piece counts when all its shards are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from kvstrata.cache.index import Entry, Index, State
+from kvstrata.types import Namespace, Piece, Prefix
+
+
+class Walk(msgspec.Struct):
+    """How far L1 reaches along a prefix."""
+
+    pieces: list[Piece]
+    entries: list[list[Entry]]
+    """``entries[piece][shard]``."""
+    loading: list[Entry]
+    """Entries that are being read and would extend the walk; empty when it ended for good."""
+    next_block: int
+    """Number of blocks covered."""
+    complete: bool
+    """Whether all tokens of the prefix are covered."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.pieces[-1].first_token + self.pieces[-1].num_tokens if self.pieces else 0
+
+
+def _piece(namespace: Namespace, prefix: Prefix, start: int, end: int) -> Piece:
+    """The full chunk or tail that covers blocks ``start .. end - 1``."""
+    block_size = namespace.layout.block_size
+    return Piece(
+        chunk_hash=prefix.block_hash(end - 1),
+        parent_hash=prefix.block_hash(start - 1),
+        first_token=start * block_size,
+        num_tokens=(end - start) * block_size,
+    )
+
+
+def _remainder(namespace: Namespace, prefix: Prefix) -> Piece:
+    """The last, partly filled block."""
+    first_token = prefix.num_blocks * namespace.layout.block_size
+    return Piece(
+        chunk_hash=prefix.remainder_hash,
+        parent_hash=prefix.block_hash(prefix.num_blocks - 1),
+        first_token=first_token,
+        num_tokens=prefix.num_tokens - first_token,
+    )
+
+
+def position_candidates(namespace: Namespace, prefix: Prefix, start: int) -> Iterator[tuple[Piece, int]]:
+    """The candidates of the chunk that starts at block ``start``, longest first, with the block each ends at."""
+    last = min(start + namespace.blocks_per_chunk, prefix.num_blocks)
+    for end in range(last, start, -1):
+        yield _piece(namespace, prefix, start, end), end
+
+
+def walk(index: Index, namespace: Namespace, prefix: Prefix, *, wait: bool) -> Walk:
+    """How far L1 reaches along ``prefix``; with ``wait``, entries that are being read stop it for now."""
+    result = Walk([], [], [], 0, False)
+    per_chunk = namespace.blocks_per_chunk
+    on_boundary = True
+    while on_boundary and result.next_block < prefix.num_blocks:
+        start = result.next_block
+        for piece, end in position_candidates(namespace, prefix, start):
+            if _take(index, namespace, piece, result, wait=wait):
+                result.next_block = end
+                break
+            if result.loading:
+                return result
+        on_boundary = result.next_block == start + per_chunk
+    if result.next_block == prefix.num_blocks:
+        result.complete = not prefix.remainder_hash or _take(
+            index, namespace, _remainder(namespace, prefix), result, wait=wait
+        )
+    return result
+
+
+def _take(index: Index, namespace: Namespace, piece: Piece, result: Walk, *, wait: bool) -> bool:
+    """Append ``piece`` to the walk when all its shards are READY; note shards that are being read."""
+    shards = []
+    loading = []
+    for shard in range(namespace.world_size):
+        entry = index.get(piece.chunk_hash, shard)
+        if entry is None or entry.state is State.WRITING or not _fits(entry, piece, namespace):
+            return False
+        if entry.state is State.LOADING:
+            loading.append(entry)
+        shards.append(entry)
+    if loading:
+        if wait:
+            result.loading = loading
+        return False
+    result.pieces.append(piece)
+    result.entries.append(shards)
+    return True
+
+
+def _fits(entry: Entry, piece: Piece, namespace: Namespace) -> bool:
+    """Whether an entry is what the chain says. The hash covers all of it, so this never fails in practice.
+
+    Namespaces are interned by ``cache.Cache``, hence identity.
+    """
+    return (
+        entry.num_tokens == piece.num_tokens
+        and entry.first_token == piece.first_token
+        and entry.namespace is namespace
+    )
+
+
+def missing_candidates(namespace: Namespace, prefix: Prefix, first_block: int) -> list[Piece]:
+    """What lower tiers could add to a walk that ended at ``first_block``, in the order of the sequence."""
+    per_chunk = namespace.blocks_per_chunk
+    pieces = []
+    for start in range(first_block // per_chunk * per_chunk, prefix.num_blocks, per_chunk):
+        pieces += [piece for piece, end in position_candidates(namespace, prefix, start) if end > first_block]
+    if prefix.remainder_hash:
+        pieces.append(_remainder(namespace, prefix))
+    return pieces
+
+
+def best_cover(namespace: Namespace, prefix: Prefix, first_block: int, held: set[bytes]) -> list[Piece]:
+    """The pieces that extend a walk that ended at ``first_block``, given the chunk hashes in ``held``.
+
+    Follows the same order as :func:`walk`, so that the next walk takes what is now read.
+    """
+    per_chunk = namespace.blocks_per_chunk
+    pieces = []
+    block = first_block
+    start = first_block // per_chunk * per_chunk
+    while start < prefix.num_blocks:
+        for piece, end in position_candidates(namespace, prefix, start):
+            if end > block and piece.chunk_hash in held:
+                pieces.append(piece)
+                block = end
+                break
+        start += per_chunk
+        if block != start:
+            break
+    if block == prefix.num_blocks and prefix.remainder_hash in held:
+        pieces.append(_remainder(namespace, prefix))
+    return pieces
