@@ -1,4 +1,4 @@
-"""What becomes of every key of LMCache's configuration (0.5.6): data for loading and for the documentation."""
+"""What becomes of every key of LMCache's configuration (0.5.6): data for loading and documentation."""
 
 from __future__ import annotations
 

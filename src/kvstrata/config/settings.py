@@ -100,8 +100,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tiers: Annotated[
         tuple[dict[str, Any], ...],
         _meta(
-            "Further tiers below those, in the order they are asked: a list of mappings with `kind` or `url`, "
-            "and `name`, `codec`, `write_policy` (`all` or `none`: read-only) and the tier's own options."
+            "Further tiers below those, in the order they are asked: a list of mappings with `kind` or "
+            "`url`, and `name`, `codec`, `write_policy` (`all` or `none`: read-only) and the tier's own options."
         ),
     ] = ()
     blocking_timeout_secs: Annotated[
@@ -147,8 +147,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Annotated[
             int,
             _meta(
-                "TCP port of the HTTP API; 0 takes a free one. None: no HTTP API, except that `kvstrata server` "
-                "then takes 8080.",
+                "TCP port of the HTTP API; 0 takes a free one. None: no HTTP API, except that "
+                "`kvstrata server` then takes 8080.",
                 "",
                 ge=0,
                 le=65535,
@@ -219,12 +219,8 @@ class Setting:
             )
             if bound is not None
         ]
-        return (
-            words
-            + unit
-            + (" " + " and ".join(bounds) if bounds else "")
-            + (", or none" if self.optional else "")
-        )
+        bounded = f", {' and '.join(bounds)}" if bounds else ""
+        return words + unit + bounded + (", or none" if self.optional else "")
 
 
 def _setting(key: str, annotation: Any, default: Any) -> Setting:
