@@ -10,7 +10,7 @@ from __future__ import annotations
 from kvstrata.config.load import DEFAULT, Resolved, load_settings
 from kvstrata.config.secrets import mask, mask_url
 from kvstrata.config.settings import ALIASES, GIB, SETTINGS, Setting, Settings
-from kvstrata.config.tiers import TierConfig, tier_configs, tier_from_url
+from kvstrata.config.tiers import TierConfig, tier_configs, tier_from_url, unbounded
 
 __all__ = [
     "ALIASES",
@@ -26,4 +26,5 @@ __all__ = [
     "mask_url",
     "tier_configs",
     "tier_from_url",
+    "unbounded",
 ]

@@ -42,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, _meta("A hit of fewer tokens is not used: they are recomputed.", "tokens", ge=0)
     ] = 0
     gate: Annotated[
-        bool, _meta("Recompute what is measured to load slower than it is recomputed (DESIGN: the gate).")
+        bool, _meta("Recompute what is measured to load slower than it is recomputed.")
     ] = True
     lookup_timeout_ms: Annotated[
         int,
@@ -101,7 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[dict[str, Any], ...],
         _meta(
             "Further tiers below those, in the order they are asked: a list of mappings with `kind` or "
-            "`url`, and `name`, `codec`, `write_policy` (`all` or `none`: read-only) and the tier's own options."
+            "`url`, and `name`, `codec`, `write_policy` (`all`, or `none`: read-only) and its own options."
         ),
     ] = ()
     blocking_timeout_secs: Annotated[

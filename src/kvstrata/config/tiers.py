@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -11,6 +11,8 @@ from kvstrata.config.secrets import mask
 from kvstrata.config.settings import Settings
 from kvstrata.config.values import SCHEME_KINDS, nearest, parse_directory, url_kind
 from kvstrata.errors import ConfigError
+
+NO_BUDGET_BYTES = 2**62
 
 WritePolicy = Literal["all", "none"]
 
@@ -37,7 +39,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
     kind: str | None = None
     url: str | None = None
-    name: str | None = None
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     codec: str = "naive"
     write_policy: WritePolicy = "all"
 
@@ -64,12 +66,26 @@ def tier_configs(settings: Settings) -> list[TierConfig]:
 
 
 def tier_from_url(url: str, settings: Settings | None = None) -> TierConfig:
-    """The tier at ``url``, with the options of its kind left at their defaults.
+    """The tier at ``url`` for looking at it: options at their defaults, and no budget that would evict.
 
     Raises:
         ConfigError: there is no tier for such a URL, or it is wrong.
     """
-    return _from_item(settings or Settings(), "URL", {"url": url})
+    try:
+        kind = url_kind(url)
+    except ValueError as error:
+        raise ConfigError(f"URL {mask(url)!r} is not allowed: {error}") from None
+    item: dict[str, Any] = {"url": url}
+    if "max_bytes" in plugins.load("tiers", kind).Options.__struct_fields__:
+        item["max_bytes"] = NO_BUDGET_BYTES
+    return _from_item(settings or Settings(), "URL", item)
+
+
+def unbounded(config: TierConfig) -> TierConfig:
+    """``config`` without its budget, so that opening the tier for a look evicts nothing."""
+    if "max_bytes" not in config.options:
+        return config
+    return msgspec.structs.replace(config, options=config.options | {"max_bytes": NO_BUDGET_BYTES})
 
 
 def _from_item(settings: Settings, where: str, item: dict[str, Any]) -> TierConfig:
@@ -127,13 +143,15 @@ def _check_plugin(group: plugins.Group, noun: str, where: str, name: str) -> Non
 
 def _named_apart(configs: list[TierConfig]) -> list[TierConfig]:
     """Each with a name of its own, in its options too: ``redis``, ``redis-2`` ..."""
-    taken: set[str] = {"l1"}
+    taken = {"l1"}
     named = []
     for config in configs:
         name, count = config.name, 1
         while name in taken:
+            if config.name != config.kind:
+                raise ConfigError(f"two tiers are named {name!r}")
             count += 1
-            name = f"{config.name}-{count}"
+            name = f"{config.kind}-{count}"
         taken.add(name)
         named.append(msgspec.structs.replace(config, name=name, options=config.options | {"name": name}))
     return named

@@ -1,0 +1,88 @@
+"""``kvstrata config``: show what is in force and where it comes from, check a file, print the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvstrata.cli.output import AsJson, ConfigFile, print_json, print_notices, print_table
+from kvstrata.config import SETTINGS, Resolved, load_settings, mask, tier_configs
+from kvstrata.config.reference import reference_text
+from kvstrata.errors import ConfigError, PluginError
+
+app = typer.Typer(
+    help="Show or check the configuration.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog="Example: kvstrata config show --config kvstrata.yaml",
+)
+
+_INVALID = 2
+
+
+@app.command(epilog="Example: LMCACHE_CHUNK_SIZE=128 kvstrata config show")
+def show(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Print every setting in force, its source and its default. Secrets are masked."""
+    resolved = load_settings(file=config_file)
+    tiers = [
+        {"name": tier.name, "kind": tier.kind, "codec": tier.codec, "write_policy": tier.write_policy}
+        | {"options": mask(tier.options)}
+        for tier in tier_configs(resolved.settings)
+    ]
+    if as_json:
+        print_json({"settings": _shown(resolved), "tiers": tiers, "notices": resolved.notices})
+        return
+    rows = [
+        (key, _text(row["value"]), row["source"], _text(row["default"]))
+        for key, row in _shown(resolved).items()
+    ]
+    print_table(("key", "value", "source", "default"), rows)
+    print()
+    print("tiers, in the order they are asked:", ", ".join(["l1", *(str(tier["name"]) for tier in tiers)]))
+    print_notices(resolved.notices)
+
+
+@app.command(epilog="Example: kvstrata config check lmcache_config.yaml")
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to check, by itself.")],
+    as_json: AsJson = False,
+) -> int:
+    """Check a configuration file; the exit status is 0 when it is right, 2 when not."""
+    try:
+        resolved = load_settings({}, file=file)
+    except (ConfigError, PluginError) as error:
+        if not as_json:
+            raise
+        print_json({"file": str(file), "ok": False, "error": str(error), "notices": []})
+        return _INVALID
+    if as_json:
+        print_json({"file": str(file), "ok": True, "error": None, "notices": resolved.notices})
+    else:
+        print(f"{file}: ok")
+        print_notices(resolved.notices)
+    return 0
+
+
+@app.command(hidden=True, epilog="Example: kvstrata config docs > docs/configuration.md")
+def docs() -> None:
+    """Print the configuration reference in Markdown."""
+    print(reference_text(), end="")
+
+
+def _shown(resolved: Resolved) -> dict[str, dict[str, Any]]:
+    return {
+        key: {
+            "value": mask(getattr(resolved.settings, key), key),
+            "source": resolved.sources[key],
+            "default": setting.default,
+        }
+        for key, setting in SETTINGS.items()
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "-" if value is None or value in ([], ()) else str(value)

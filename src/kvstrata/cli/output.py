@@ -1,0 +1,37 @@
+"""What commands share: the option ``--json``, tables, notices."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="YAML file to read instead of $KVSTRATA_CONFIG_FILE."),
+]
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as indented JSON."""
+    print(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print columns, each as wide as its widest cell."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def print_notices(notices: Iterable[str]) -> None:
+    """Print what has no effect in a configuration, to standard error."""
+    for notice in notices:
+        print(f"kvstrata: note: {notice}", file=sys.stderr)
