@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import itertools
 import logging
 import os
@@ -42,7 +43,8 @@ STAGING_AGE_SECONDS = 3600.0
 TOUCH_SECONDS = 60.0
 """Times of use are written to a file at most this often; they order evictions after a restart."""
 
-_KEY = re.compile(r"([!-?A-~]+@[!-?A-~]+@[0-9]+)@([0-9]+)@([0-9a-f]{64})")
+_HEAD = re.compile(r"([!-?A-~]+@[!-?A-~]+@[0-9]+)@([0-9]+)")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -59,13 +61,22 @@ class DiskOptions(TierOptions, frozen=True, kw_only=True):
 
 def key_path(key: str) -> str | None:
     """The path of ``key``'s file relative to the tier's directory; None for what is not a key."""
-    match = _KEY.fullmatch(key)
+    head, _, digest = key.rpartition("@")
+    directory = _key_directory(head)
+    if directory is None or _DIGEST.fullmatch(digest) is None:
+        return None
+    return f"{directory}/{digest[:2]}/{digest}{SUFFIX}"
+
+
+@functools.lru_cache(4096)
+def _key_directory(head: str) -> str | None:
+    """The directory for keys that begin with ``head``, which is all but the chunk hash."""
+    match = _HEAD.fullmatch(head)
     if match is None:
         return None
-    namespace, worker, digest = match.groups()
-    quoted = quote(namespace, safe="@+=,")
+    quoted = quote(match[1], safe="@+=,")
     parts = [quoted[start : start + NAME_BYTES] for start in range(0, len(quoted), NAME_BYTES)]
-    return "/".join([*parts, worker, digest[:2], digest + SUFFIX])
+    return "/".join([*parts, match[2]])
 
 
 def path_key(path: str) -> str | None:

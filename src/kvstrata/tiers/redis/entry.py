@@ -1,0 +1,53 @@
+"""The two Redis entries of a shard: their names and what is in the one for people."""
+
+from __future__ import annotations
+
+from kvstrata.codecs.base import FRAME_VERSION, HEADER_BYTES, FrameHeader
+from kvstrata.errors import FrameError
+from kvstrata.types import parse_key
+
+VALUE_SUFFIX = b"kv_bytes"
+METADATA_SUFFIX = b"metadata"
+
+
+def is_key(text: str) -> bool:
+    """Whether ``text`` is a readable key of kvstrata."""
+    try:
+        parse_key(text)
+    except ValueError:
+        return False
+    return True
+
+
+def metadata(key: str, frame: memoryview) -> list[bytes]:
+    """Fields and values, alternating, of the hash beside a frame."""
+    parsed = parse_key(key)
+    fields: dict[str, str | int] = {
+        "model_name": parsed.model_name,
+        "engine": parsed.engine,
+        "world_size": parsed.world_size,
+        "worker_id": parsed.worker_id,
+        "frame_bytes": len(frame),
+        "version": FRAME_VERSION,
+    }
+    try:
+        header = FrameHeader.unpack(frame[:HEADER_BYTES])
+    except FrameError:
+        pass  # a tier stores whatever it is given; only what the key says is known then
+    else:
+        fields |= {
+            "format": header.codec,
+            "num_tokens": header.num_tokens,
+            "dtype": header.dtype,
+            "layout": header.layout_fingerprint.hex(),
+            "payload_bytes": header.payload_bytes,
+            "created_at": header.created_at,
+        }
+    return [str(part).encode() for item in fields.items() for part in item]
+
+
+def escape_glob(text: bytes) -> bytes:
+    """``text`` as a pattern that matches only itself."""
+    for character in (b"\\", b"*", b"?", b"[", b"]"):
+        text = text.replace(character, b"\\" + character)
+    return text
