@@ -1,10 +1,10 @@
-"""Blocks <-> payloads. A payload is ``[layer][block][page bytes]``, contiguous, whatever the pages' arrangement."""
+"""Blocks <-> payloads. A payload is ``[layer][block][page bytes]``, whatever the pages' arrangement."""
 
 from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,9 +15,13 @@ from kvstrata.errors import LayoutError
 class PageCopier(ABC):
     """Copies pages of one worker. Not thread-safe.
 
-    Copies may still be running when ``store`` or ``load`` returns; the source must not change and the target
-    not be read before ``wait``.
+    Copies may still be running when ``store`` or ``load`` returns. What the inference engine does with the
+    pages afterwards is ordered behind them by the device; a payload must stay as it is until ``wait`` or
+    ``ticket`` says so.
     """
+
+    is_synchronous: bool = True
+    """Whether device work is complete when the call that starts it returns."""
 
     def __init__(self, pages: DevicePages) -> None:
         self.pages = pages
@@ -28,7 +32,7 @@ class PageCopier(ABC):
 
     @abstractmethod
     def load(self, payload: memoryview, first: int, block_ids: Sequence[int]) -> None:
-        """Copy the blocks ``first .. first + len(block_ids) - 1`` of ``payload`` into the pages of ``block_ids``.
+        """Copy blocks of ``payload``, from its block ``first`` on, into the pages of ``block_ids``.
 
         Pages of other blocks are not touched.
         """
@@ -36,6 +40,10 @@ class PageCopier(ABC):
     @abstractmethod
     def wait(self) -> None:
         """Return when all copies so far are complete."""
+
+    @abstractmethod
+    def ticket(self) -> Callable[[], bool]:
+        """A function that tells, without waiting, whether all copies so far are complete."""
 
     def register(self, pool_id: str, pool: memoryview) -> None:  # noqa: B027 (a CPU needs none)
         """Tell the device that payloads of this pool will come; called once per pool."""
@@ -104,6 +112,10 @@ class CPUCopier(PageCopier):
 
     def wait(self) -> None:
         """Nothing is ever running."""
+
+    def ticket(self) -> Callable[[], bool]:
+        """Nothing is ever running."""
+        return lambda: True
 
 
 def _address(payload: memoryview) -> int:

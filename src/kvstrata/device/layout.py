@@ -1,10 +1,10 @@
 """KV tensors of an inference engine -> where the pages lie in memory.
 
-vLLM (0.32) hands out one tensor per layer, logically ``[blocks, heads, tokens, content]``, whose strides say how
-it lies in memory: heads or tokens first, layers packed block by block into one tensor, pages padded at
-their end, blocks split into smaller kernel blocks. Here a page is found from shape and strides alone: the
-block dimension must be the outermost one of the layer, and what remains must be dense. Every other arrangement
-is refused with :class:`~kvstrata.errors.LayoutError`, at start.
+vLLM (0.32) hands out one tensor per layer, logically ``[blocks, heads, tokens, content]``, whose strides
+say how it lies in memory: heads or tokens first, layers packed block by block into one tensor, pages padded
+at their end, blocks split into smaller kernel blocks. Here a page is found from shape and strides alone: the
+block dimension must be the outermost one of the layer, and what remains must be dense. Every other
+arrangement is refused with :class:`~kvstrata.errors.LayoutError`, at start.
 """
 
 from __future__ import annotations

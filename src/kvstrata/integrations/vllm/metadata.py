@@ -1,0 +1,81 @@
+"""What travels between the scheduler's connector and the workers' connectors, by vLLM's own means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvstrata.types import Hit, KVLayout, Namespace, Piece
+
+
+@dataclass(frozen=True)
+class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Worker -> scheduler, once at start."""
+
+    layout: KVLayout | None
+    refusal: str = ""
+    """Why this worker cannot store or load; empty when it can."""
+
+
+@dataclass(frozen=True)
+class LoadOp:
+    """Scheduler -> workers: bring a part of a hit into the request's blocks."""
+
+    request_id: str
+    lease_id: str
+    hit: Hit
+    first_token: int
+    """Where loading begins: what lies before is in vLLM's own cache. A block boundary."""
+    end_token: int
+    """Where loading ends. The last block is copied whole."""
+    block_ids: tuple[int, ...]
+    """The request's blocks from ``first_token`` to ``end_token``."""
+
+
+@dataclass(frozen=True)
+class StoreOp:
+    """Scheduler -> workers: store these pieces after this step's forward pass."""
+
+    request_id: str
+    pieces: tuple[Piece, ...]
+    first_block: int
+    """Position in the sequence of the first block in ``block_ids``."""
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """Scheduler -> workers, every step."""
+
+    namespace: Namespace | None = None
+    """Set when there is something to load or to store."""
+    loads: tuple[LoadOp, ...] = ()
+    stores: tuple[StoreOp, ...] = ()
+    async_loads: bool = False
+    """Whether vLLM waits for the loads' completion before it schedules their requests."""
+    prefill_tokens: int = 0
+    """Prompt tokens that this step computes, when it computes nothing else."""
+
+
+@dataclass(frozen=True)
+class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """Worker -> scheduler: loads that ended, with the number of workers that say so."""
+
+    ended: dict[str, int] = field(default_factory=dict)
+    """By lease id."""
+    failed: frozenset[str] = frozenset()
+    """Lease ids of loads that failed on a worker at least."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        """The report of both workers together."""
+        if not isinstance(other, WorkerReport):
+            raise TypeError(f"not a report of this connector: {type(other).__name__}")
+        ended = dict(self.ended)
+        for lease_id, count in other.ended.items():
+            ended[lease_id] = ended.get(lease_id, 0) + count
+        return WorkerReport(ended, self.failed | other.failed)

@@ -1,0 +1,247 @@
+"""The scheduler's half of the connector: looks prefixes up, plans loads and stores, holds and ends leases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from kvstrata.client.base import Client
+from kvstrata.config import Settings
+from kvstrata.integrations.vllm.hashes import UnknownExtraKeyError
+from kvstrata.integrations.vllm.metadata import LoadOp, StepMetadata, StoreOp, WorkerReport
+from kvstrata.integrations.vllm.tracking import Tracked, track
+from kvstrata.types import Namespace
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    """Lives in vLLM's scheduler process; called by it from one thread.
+
+    Leases: a look-up leases what it found. Until the load has been handed to the workers the lease is ended
+    here when it is not needed after all. Afterwards it ends when every worker has reported the load's end:
+    a slot that is let go earlier could change under a running copy.
+
+    Args:
+        client: this process' client.
+        make_namespace: called with a connected client until it returns the namespace; None: not yet.
+        num_workers: workers that report each load.
+        async_loads: vLLM schedules a request only after its load has ended. Needed where steps overlap or
+            several workers take part: there a failed load is noticed only after wrong KV was used, by this
+            request or, through another worker's store, by others.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        settings: Settings,
+        make_namespace: Callable[[Client], Namespace | None],
+        *,
+        reads: bool,
+        writes: bool,
+        num_workers: int,
+        async_loads: bool,
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._make_namespace = make_namespace
+        self._reads = reads
+        self._writes = writes
+        self._num_workers = num_workers
+        self._async_loads = async_loads
+        self._namespace: Namespace | None = None
+        self._requests: dict[str, Tracked] = {}
+        self._planned: list[LoadOp] = []
+        self._loading: dict[str, int] = {}
+
+    @property
+    def namespace(self) -> Namespace | None:
+        """The namespace; None until workers and server have said what it depends on."""
+        if self._namespace is None and self._client.connected:
+            self._namespace = self._make_namespace(self._client)
+        return self._namespace
+
+    def add(self, request: Request) -> None:
+        """A request has arrived."""
+        self._requests[request.request_id] = track(request, reads=self._reads, writes=self._writes)
+
+    def match(self, request: Request, num_local_tokens: int) -> tuple[int | None, bool]:
+        """vLLM's ``get_num_new_matched_tokens``. May be called any number of times before the load."""
+        tracked = self._requests.get(request.request_id)
+        namespace = self.namespace
+        # At least one token is always computed: its logits are needed.
+        max_tokens = request.num_tokens - 1
+        if tracked is None or not tracked.read or namespace is None or max_tokens <= num_local_tokens:
+            return 0, False
+        lookup = tracked.begin_lookup()
+        if lookup.hit is None:
+            try:
+                prefix = tracked.hashes_in(namespace).prefix(request.num_tokens)
+            except UnknownExtraKeyError as error:
+                logger.warning("Request %s is not cached: %s", request.request_id, error)
+                tracked.give_up()
+                return 0, False
+            hit = self._client.lookup(lookup.lease_id, namespace, prefix)
+            if hit.pending:
+                return None, False
+            lookup.hit = hit
+            self._log_hit(tracked, min(hit.num_tokens, max_tokens), num_local_tokens)
+        lookup.num_local_tokens = num_local_tokens
+        num_tokens = self._worth_loading(min(lookup.hit.num_tokens, max_tokens) - num_local_tokens)
+        return num_tokens, self._async_loads and num_tokens > 0
+
+    def _worth_loading(self, num_tokens: int) -> int:
+        return num_tokens if num_tokens >= max(1, self._settings.min_retrieve_tokens) else 0
+
+    def _log_hit(self, tracked: Tracked, num_hit_tokens: int, num_local_tokens: int) -> None:
+        logger.info(
+            "Reqid: %s, Total tokens %d, KVStrata hit tokens: %d, need to load: %d",
+            tracked.request.request_id,
+            tracked.request.num_tokens,
+            num_hit_tokens,
+            self._worth_loading(num_hit_tokens - num_local_tokens),
+        )
+
+    def allocated(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
+        """vLLM's ``update_state_after_alloc``: the request has its blocks. Plan the load or end the lease."""
+        tracked = self._requests.get(request.request_id)
+        namespace = self._namespace
+        if tracked is None or tracked.lookup is None or namespace is None:
+            return
+        lookup, tracked.lookup = tracked.lookup, None
+        if lookup.hit is not None:
+            tracked.known_hashes = {piece.chunk_hash for piece in lookup.hit.pieces}
+            tracked.stored_tokens = lookup.hit.num_tokens // namespace.chunk_size * namespace.chunk_size
+            tracked.hit_tokens_by_tier = lookup.hit.tokens_by_tier
+        if num_external_tokens == 0 or lookup.hit is None:
+            self._client.release(lookup.lease_id)
+            return
+        first_token = lookup.num_local_tokens
+        end_token = first_token + num_external_tokens
+        first_block = first_token // namespace.layout.block_size
+        self._planned.append(
+            LoadOp(
+                request_id=request.request_id,
+                lease_id=lookup.lease_id,
+                hit=lookup.hit,
+                first_token=first_token,
+                end_token=end_token,
+                block_ids=tuple(block_ids[first_block : namespace.layout.num_blocks(end_token)]),
+            )
+        )
+
+    def hit_tokens_by_tier(self, request: Request) -> Mapping[str, int]:
+        """Which tiers the request's last hit came from."""
+        tracked = self._requests.get(request.request_id)
+        return tracked.hit_tokens_by_tier if tracked else {}
+
+    def plan_step(self, output: SchedulerOutput) -> StepMetadata:
+        """vLLM's ``build_connector_meta``: what the workers are to load before and store after this step."""
+        loads, self._planned = tuple(self._planned), []
+        for load in loads:
+            self._loading[load.lease_id] = self._num_workers
+        stores = tuple(
+            op
+            for request_id, num_tokens in output.num_scheduled_tokens.items()
+            if (op := self._plan_store(request_id, num_tokens, output)) is not None
+        )
+        prefill_tokens = self._prefill_tokens(output)
+        return StepMetadata(
+            namespace=self._namespace if loads or stores or prefill_tokens else None,
+            loads=loads,
+            stores=stores,
+            async_loads=self._async_loads,
+            prefill_tokens=prefill_tokens,
+        )
+
+    def _plan_store(self, request_id: str, num_scheduled: int, output: SchedulerOutput) -> StoreOp | None:
+        tracked = self._requests.get(request_id)
+        namespace = self.namespace
+        if tracked is None or not tracked.write or namespace is None:
+            return None
+        request, chunk_size = tracked.request, namespace.chunk_size
+        computed = request.num_computed_tokens
+        # Scheduled tokens may be drafts, or not sampled yet: only tokens that are known have their final KV.
+        known = min(computed + num_scheduled, request.num_tokens)
+        stable = known if self._settings.save_decode_cache else min(known, request.num_prompt_tokens)
+        # vLLM takes the computed tokens back after a preemption or a failed load: then offer them again.
+        first = min(tracked.stored_tokens, computed) // chunk_size
+        end = stable // chunk_size
+        ends_prompt = computed < request.num_prompt_tokens <= known
+        if end <= first and not ends_prompt:
+            return None
+        try:
+            pieces = tracked.hashes_in(namespace).chunks(first, end)
+            if ends_prompt and self._settings.save_unfull_chunk:
+                pieces += tracked.hashes_in(namespace).tail(request.num_prompt_tokens)
+        except UnknownExtraKeyError as error:
+            logger.warning("Request %s is not cached: %s", request_id, error)
+            tracked.give_up()
+            return None
+        tracked.stored_tokens = max(first, end) * chunk_size
+        pieces = [piece for piece in pieces if piece.chunk_hash not in tracked.known_hashes]
+        blocks = output.kv_connector_block_state
+        block_ids = blocks.get_block_ids(request_id) if blocks is not None and pieces else None
+        if not block_ids:
+            return None
+        layout = namespace.layout
+        first_block = pieces[0].first_token // layout.block_size
+        end_block = layout.num_blocks(pieces[-1].first_token + pieces[-1].num_tokens)
+        logger.info(
+            "Storing KV cache for %d out of %d tokens for request %s",
+            sum(piece.num_tokens for piece in pieces),
+            request.num_prompt_tokens if ends_prompt else request.num_tokens,
+            request_id,
+        )
+        return StoreOp(request_id, tuple(pieces), first_block, tuple(block_ids[0][first_block:end_block]))
+
+    def _prefill_tokens(self, output: SchedulerOutput) -> int:
+        """Prompt tokens that the step computes; 0 when it does other work too, which spoils a measurement."""
+        total = 0
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            tracked = self._requests.get(request_id)
+            if tracked is None or tracked.request.num_computed_tokens >= tracked.request.num_prompt_tokens:
+                return 0
+            total += num_tokens
+        return total
+
+    def report(self, report: WorkerReport) -> None:
+        """What the workers say of their loads."""
+        for lease_id, count in report.ended.items():
+            left = self._loading.pop(lease_id, 0) - count
+            if left > 0:
+                self._loading[lease_id] = left
+            else:
+                self._client.release(lease_id)
+        if not report.failed:
+            return
+        for lease_id in report.failed:
+            tracked = self._requests.get(lease_id.rpartition("#")[0])
+            if tracked is not None:
+                # The same look-up would promise the same again: compute this request.
+                tracked.read = False
+        # The workers stored nothing in a step with a failed load, whoever asked for it.
+        for tracked in self._requests.values():
+            tracked.forget_stored()
+
+    def finish(self, request: Request) -> None:
+        """The request has ended, one way or another."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is not None and tracked.lookup is not None:
+            self._client.release(tracked.lookup.lease_id)
+
+    def clear(self) -> None:
+        """Drop everything that is cached for this engine's namespace."""
+        if self.namespace is not None:
+            self._client.clear(self._namespace)
+        for tracked in self._requests.values():
+            tracked.forget_stored()
+
+    def close(self) -> None:
+        """Disconnect; the server ends what is left of the leases."""
+        self._client.close()
