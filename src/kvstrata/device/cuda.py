@@ -3,8 +3,8 @@ written, for want of a device.
 
 All copies are issued on the current stream. A load that is issued before a forward pass is therefore
 complete when the pass reads its pages, and a store that is issued after one sees what the pass wrote; no
-other ordering is needed. Payloads in a mapped pool are pinned memory once the pool is registered, others are copied
-synchronously by the driver.
+other ordering is needed. Payloads in a mapped pool are pinned memory once the pool is registered, others are
+copied synchronously by the driver.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class CUDACopier(PageCopier):
 
     def __init__(self, pages: DevicePages) -> None:
         super().__init__(pages)
+        # All bytes of a page in one row, whatever the dimensions of the tensor.
         self._views = tuple(
-            tensor.view(torch.uint8).as_strided(
+            torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
+                tensor.untyped_storage(),
+                tensor.storage_offset() * tensor.element_size(),
                 (pages.num_blocks, layer.page_bytes),
                 (layer.stride_bytes, 1),
-                tensor.view(torch.uint8).storage_offset(),
             )
             for tensor, layer in zip(pages.tensors, pages.layers, strict=True)
         )
