@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-FAILURES_TO_OPEN = 2
-PROBE_SECONDS = 1.0
-"""Pause between probes while open: a recovered tier is used again within about this time."""
-
 
 class Breaker:
     """Closed: operations pass. Open: they are refused at once, and only a background probe may close it.
 
-    Requests never serve as probes: one that hangs would cost that request its deadline. Not thread-safe by
-    itself; reads of ``is_open`` may race, which costs at most one operation.
+    Requests never serve as probes: one that hangs would cost that request its deadline. Races between threads
+    cost at most one operation more or less, so there is no lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, failures_to_open: int = 2) -> None:
         self.is_open = False
+        self._failures_to_open = failures_to_open
         self._failures = 0
 
     def succeeded(self) -> None:
@@ -25,13 +22,13 @@ class Breaker:
     def failed(self) -> bool:
         """Count a fault; whether this one opened the breaker."""
         self._failures += 1
-        if self.is_open or self._failures < FAILURES_TO_OPEN:
+        if self.is_open or self._failures < self._failures_to_open:
             return False
         self.is_open = True
         return True
 
     def stalled(self) -> bool:
         """An operation outlived its deadline: open at once. Whether this opened it."""
-        self._failures = FAILURES_TO_OPEN
+        self._failures = self._failures_to_open
         was_open, self.is_open = self.is_open, True
         return not was_open

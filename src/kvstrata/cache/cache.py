@@ -64,7 +64,6 @@ class Cache:
         self._lookups: dict[tuple[str, str], Lookup] = {}
         self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
         self._clearing: dict[int, list[Namespace | None]] = {i: [] for i in range(len(tiers))}
-        metrics.l1_capacity_bytes.set(index.allocator.capacity_bytes)
 
     def intern(self, namespace: Namespace) -> Namespace:
         """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
@@ -349,9 +348,9 @@ class Cache:
 
     def _write(self, tier: int, entry: Entry, transfer: Transfer) -> None:
         if not self.tiers[tier].write(transfer, partial(self._written, tier, entry)):
-            self._written(tier, entry, written=False)
+            self._written(tier, entry, False)
 
-    def _written(self, tier: int, entry: Entry, *, written: bool) -> None:
+    def _written(self, tier: int, entry: Entry, written: bool) -> None:
         """A tier has it, or not; on the tier's write thread, or on the caller's when the write was dropped."""
         with self._lock:
             if not written:
@@ -477,11 +476,11 @@ class Cache:
                             break
         return keys
 
-    def stats(self) -> dict[str, Any]:
-        """A snapshot for the API; the tiers' own numbers are as they last knew them."""
+    def l1_stats(self) -> dict[str, int]:
+        """Sizes and counts of L1 as of now."""
         with self._lock:
             allocator = self.index.allocator
-            l1 = {
+            return {
                 "entries": len(self.index),
                 "used_bytes": allocator.used_bytes,
                 "budget_bytes": allocator.capacity_bytes,
@@ -489,9 +488,13 @@ class Cache:
                 "lookups": len(self._lookups),
                 "reservations": len(self._reserved),
             }
+
+    def stats(self) -> dict[str, Any]:
+        """A snapshot for the API. Asks the tiers, so it may take as long as they do."""
+        with self._lock:
             rates = self.gate.estimates()
         tiers = [tier.stats() for tier in self.tiers]
-        return {"l1": l1, "tiers": tiers, "rates": rates, "totals": self.metrics.totals()}
+        return {"l1": self.l1_stats(), "tiers": tiers, "rates": rates, "totals": self.metrics.totals()}
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until all queued writes have ended; whether they have."""

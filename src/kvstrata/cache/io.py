@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from kvstrata.cache.breaker import PROBE_SECONDS, Breaker
+from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.codecs.base import Codec
 from kvstrata.errors import TierError, TierFull
@@ -29,9 +29,10 @@ BATCH_BYTES = 16 << 20
 """Bytes of one read or write call to a tier: large enough to pipeline, small enough to share among threads."""
 
 T = TypeVar("T")
+_PROBE_KEY = "kvstrata@probe@0@0@0"
 ContainsDone = Callable[[list[bool] | None], None]
 ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None], float], None]
-WriteDone = Callable[[Sequence[Transfer], bool], None]
+WriteDone = Callable[[bool], None]
 
 
 class Workers:
@@ -48,7 +49,9 @@ class Workers:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            _, error = _attempt(job)
+            if error is not None:
+                logger.error("a job of %s failed", threading.current_thread().name, exc_info=error)
 
     def submit(self, job: Callable[[], None]) -> None:
         self._jobs.put(job)
@@ -75,16 +78,22 @@ class TierIO:
         *,
         num_workers: int,
         write_queue_bytes: int,
+        stores: bool = True,
+        breaker: Breaker | None = None,
+        probe_seconds: float = 1.0,
     ) -> None:
         self.tier = tier
         self.name = name
         self.codec = codec
-        self.breaker = Breaker()
+        self.stores = stores
+        """Whether anything is written to this tier."""
+        self.breaker = breaker or Breaker()
         self.queued_bytes = 0
         self.num_dropped = 0
         self._codecs = codecs
         self._metrics = metrics
         self._write_queue_bytes = write_queue_bytes
+        self._probe_seconds = probe_seconds
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._said_full = False
@@ -187,7 +196,7 @@ class TierIO:
             if not written:
                 self.num_dropped += 1
                 self._metrics.write_dropped(self.name)
-        done([transfer], written)
+        done(written)
 
     # Deletes
 
@@ -221,16 +230,10 @@ class TierIO:
     # The border: faults of backends end here
 
     def _call(self, operation: str, num_bytes: int, call: Callable[[], T]) -> T | None:
-        """Run one operation of the tier; None when it failed, which is logged and counted here and nowhere else."""
+        """Run one operation of the tier; None when it failed, which is counted here and nowhere else."""
         started = time.monotonic()
-        try:
-            result = call()
-        except TierError as error:
-            self._failed(operation, error)
-            return None
-        except Exception as error:
-            # A tier may come from a plug-in. Its bugs must not end this thread, nor reach a request.
-            logger.exception("tier %s: %s broke the tier contract", self.name, operation)
+        result, error = _attempt(call)
+        if error is not None:
             self._failed(operation, error)
             return None
         self.breaker.succeeded()
@@ -245,6 +248,8 @@ class TierIO:
                 logger.warning("tier %s is full and does not evict: %s", self.name, error)
                 self._said_full = True
             return
+        if not isinstance(error, TierError):
+            logger.error("tier %s broke the tier contract in %s", self.name, operation, exc_info=error)
         if self.breaker.failed():
             self._opened(f"{operation}: {error}")
 
@@ -254,17 +259,31 @@ class TierIO:
         threading.Thread(target=self._probe, name=f"kvstrata-{self.name}-probe", daemon=True).start()
 
     def _probe(self) -> None:
-        """Ask in the background until the tier answers again."""
-        while not self._closing.wait(PROBE_SECONDS):
-            try:
-                self.tier.contains(["kvstrata@probe"])
-            except TierError:
-                continue
-            self.breaker.succeeded()
-            self._said_full = False
-            self._metrics.breaker_changed(self.name, is_open=False)
-            logger.info("tier %s is back", self.name)
-            return
+        """Ask in the background until the tier answers again. Requests never serve as probes."""
+        while not self._closing.wait(self._probe_seconds):
+            _, error = _attempt(lambda: self.tier.contains([_PROBE_KEY]))
+            if error is None:
+                self.breaker.succeeded()
+                self._said_full = False
+                self._metrics.breaker_changed(self.name, is_open=False)
+                logger.info("tier %s is back", self.name)
+                return
+
+    def stats(self) -> dict[str, Any]:
+        """What the API shows of this tier. Asks the backend, so the caller must not hold a lock."""
+        held = None if self.breaker.is_open else _attempt(self.tier.stats)[0]
+        return {
+            "name": self.name,
+            "kind": self.tier.kind,
+            "where": self.tier.describe(),
+            "codec": self.codec.name,
+            "up": not self.breaker.is_open,
+            "entries": held.entries if held else None,
+            "used_bytes": held.used_bytes if held else None,
+            "budget_bytes": held.budget_bytes if held else None,
+            "queued_bytes": self.queued_bytes,
+            "dropped_writes": self.num_dropped,
+        }
 
     def close(self, timeout_seconds: float = 10.0) -> None:
         """End queued work within the time, then the threads and the tier."""
@@ -272,3 +291,13 @@ class TierIO:
         for workers in (self._lookups, self._reads, self._writes):
             workers.close(timeout_seconds)
         self.tier.close()
+
+
+def _attempt(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The border: whatever a backend raises ends here."""
+    try:
+        return call(), None
+    except TierError as error:
+        return None, error
+    except Exception as error:  # noqa: BLE001  tiers are plug-ins; their bugs must not end a thread or reach a request
+        return None, error

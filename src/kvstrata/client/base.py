@@ -37,6 +37,13 @@ class Reservation:
         self.pool_id = pool_id
 
     @property
+    def reserved_hashes(self) -> tuple[bytes, ...]:
+        """The chunk hashes of the pieces that have a slot."""
+        return tuple(
+            piece.chunk_hash for piece, slot in zip(self.pieces, self.slots, strict=True) if slot is not None
+        )
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that are to be copied."""
         return sum(p.num_tokens for p, b in zip(self.pieces, self.buffers, strict=True) if b is not None)
@@ -103,6 +110,10 @@ class Client(ABC):
 
         Returns the number of L1 entries dropped. Until a tier is cleared it answers no look-up.
         """
+
+    @abstractmethod
+    def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
+        """Readable keys held in L1 that begin with ``prefix``, at most ``limit``."""
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -120,11 +123,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = GIB
     breaker_failures: Annotated[
         int, _meta("Consecutive faults after which a tier is left alone.", "", ge=1)
-    ] = 3
+    ] = 2
     breaker_reset_seconds: Annotated[
-        float, _meta("How long a tier is left alone before it is tried again.", "s", gt=0, le=3600)
-    ] = 5.0
+        float,
+        _meta("How long a tier is left alone before it is probed, in the background.", "s", gt=0, le=3600),
+    ] = 1.0
 
+    runtime_dir: (
+        Annotated[
+            str,
+            _meta(
+                "Directory for the unix sockets of servers. "
+                "None: below XDG_RUNTIME_DIR, or kvstrata-UID in the directory for temporary files."
+            ),
+        ]
+        | None
+    ) = None
     server_url: (
         Annotated[
             str,
@@ -167,6 +181,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def max_local_disk_bytes(self) -> int:
         """``max_local_disk_size`` in bytes."""
         return int(self.max_local_disk_size * GIB)
+
+    @property
+    def runtime_directory(self) -> Path:
+        """Where the unix sockets of this user's servers are."""
+        if self.runtime_dir is not None:
+            return Path(self.runtime_dir)
+        base = os.environ.get("XDG_RUNTIME_DIR")
+        if base and os.access(base, os.W_OK):
+            return Path(base) / "kvstrata"
+        return Path(tempfile.gettempdir()) / f"kvstrata-{os.getuid()}"
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={mask(getattr(self, key), key)!r}" for key in self.__struct_fields__)

@@ -1,0 +1,78 @@
+"""Settings -> a core: the pool, the index and the tiers, put together in one place."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+import msgspec
+
+from kvstrata import plugins
+from kvstrata.cache.breaker import Breaker
+from kvstrata.cache.cache import Cache
+from kvstrata.cache.gate import Gate
+from kvstrata.cache.index import Index
+from kvstrata.cache.io import TierIO
+from kvstrata.codecs.base import Codec
+from kvstrata.config import Settings, TierConfig, tier_configs
+from kvstrata.errors import ConfigError, TierError
+from kvstrata.memory.pool import SlotAllocator
+from kvstrata.memory.region import SharedRegion
+from kvstrata.metrics import Metrics
+from kvstrata.tiers.base import Tier
+
+logger = logging.getLogger(__name__)
+
+
+def open_tier(config: TierConfig) -> Tier:
+    """The tier that a configuration names.
+
+    Raises:
+        ConfigError: its options are wrong, or its place (a directory, say) cannot be used.
+    """
+    tier_class = plugins.load("tiers", config.kind)
+    try:
+        tier: Tier = tier_class(msgspec.convert(config.options, tier_class.Options))
+    except (msgspec.ValidationError, TierError, OSError) as error:
+        raise ConfigError(f"tier {config.name!r} cannot be opened: {error}") from error
+    return tier
+
+
+def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> Cache:
+    """A core over ``region``. Closing the cache closes the tiers, not the region.
+
+    Raises:
+        ConfigError: a tier, codec or policy cannot be had as configured.
+    """
+    codecs: dict[str, Codec] = {name: plugins.load("codecs", name)() for name in plugins.names("codecs")}
+    policy = plugins.load("policies", settings.cache_policy.lower())()
+    tiers: list[TierIO] = []
+    for config in tier_configs(settings):
+        tier = open_tier(config)
+        tiers.append(
+            TierIO(
+                tier,
+                config.name,
+                codecs[config.codec],
+                codecs,
+                metrics,
+                num_workers=settings.num_workers,
+                write_queue_bytes=min(settings.write_queue_bytes, region.size_bytes // 2),
+                stores=config.write_policy != "none",
+                breaker=Breaker(settings.breaker_failures),
+                probe_seconds=settings.breaker_reset_seconds,
+            )
+        )
+        logger.info("tier %s: %s", config.name, tier.describe())
+    if not settings.local_cpu and not tiers:
+        raise ConfigError("local_cpu is false and there is no other tier (local_disk, remote_url, tiers)")
+    return Cache(
+        region.view,
+        uuid.uuid4().hex,
+        Index(SlotAllocator(region.size_bytes), policy),
+        tiers,
+        metrics,
+        gate=Gate(enabled=settings.gate),
+        keep_in_l1=settings.local_cpu,
+        lookup_timeout_seconds=settings.lookup_timeout_ms / 1000,
+    )

@@ -1,0 +1,99 @@
+"""In-process mode: the client that holds the core itself."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from kvstrata.cache.build import build_cache
+from kvstrata.cache.cache import Cache
+from kvstrata.client.base import Client, Reservation
+from kvstrata.config import Settings
+from kvstrata.memory.region import SharedRegion
+from kvstrata.metrics import Metrics
+from kvstrata.types import Hit, Namespace, Piece, Prefix
+
+_POLL_SECONDS = 0.0005
+
+
+class LocalClient(Client):
+    """A client with a core of its own. Unlike its base class demands, it may be used by several threads."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        """Build the core.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            PoolError: there is not enough memory for the pool.
+        """
+        settings = settings or Settings()
+        self._chunk_size = settings.chunk_size
+        self._region = SharedRegion.create(settings.max_local_cpu_bytes, settings.shm_dir)
+        try:
+            self.cache: Cache = build_cache(settings, self._region, Metrics())
+        except BaseException:
+            self._region.close()
+            raise
+        self._owner = f"local-{uuid.uuid4().hex[:8]}"
+        self._closed = False
+
+    @property
+    def connected(self) -> bool:
+        return not self._closed
+
+    @property
+    def server_chunk_size(self) -> int | None:
+        return self._chunk_size
+
+    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+        return self.cache.lookup(self._owner, request_id, self.cache.intern(namespace), prefix)
+
+    def wait_lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+        """Look up and wait until the answer is no longer pending; at most the look-up's deadline."""
+        while (hit := self.lookup(request_id, namespace, prefix)).pending:
+            time.sleep(_POLL_SECONDS)
+        return hit
+
+    def release(self, request_id: str) -> None:
+        self.cache.release(self._owner, request_id)
+
+    def payloads(self, request_id: str, shard: int, hit: Hit, namespace: Namespace) -> list[memoryview] | None:
+        return self.cache.leased_payloads(self._owner, request_id, shard)
+
+    def reserve(self, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> Reservation:
+        slots = self.cache.reserve(self._owner, self.cache.intern(namespace), shard, pieces)
+        buffers = [
+            None if slot is None else self.cache.pool[slot.offset : slot.offset + slot.payload_bytes]
+            for slot in slots
+        ]
+        return Reservation(namespace, shard, pieces, slots, buffers, self.cache.pool_id)
+
+    def commit(self, reservation: Reservation) -> None:
+        self.cache.commit(self._owner, reservation.shard, reservation.reserved_hashes)
+
+    def abort(self, reservation: Reservation) -> None:
+        self.cache.abort(self._owner, reservation.shard, reservation.reserved_hashes)
+
+    def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
+        self.cache.report_prefill(self.cache.intern(namespace), num_tokens, seconds)
+
+    def clear(self, namespace: Namespace | None = None) -> int:
+        return self.cache.clear(None if namespace is None else self.cache.intern(namespace))
+
+    def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
+        return self.cache.keys(prefix, limit)
+
+    def stats(self) -> dict[str, Any]:
+        return self.cache.stats()
+
+    def mapped_pool(self, pool_id: str) -> memoryview | None:
+        return self.cache.pool if pool_id == self.cache.pool_id else None
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.cache.drop_owner(self._owner)
+            self.cache.close()
+            self._region.close()

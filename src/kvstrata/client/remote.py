@@ -1,0 +1,276 @@
+"""The client of a server: control over ZMQ, data through the mapped pool."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvstrata.client.base import Client, Reservation
+from kvstrata.client.channel import Answer, Channel
+from kvstrata.client.mapping import PoolMappings
+from kvstrata.protocol import messages as m
+from kvstrata.types import NO_HIT, Hit, Namespace, Piece, Prefix
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 1.0
+"""Pause between attempts to greet a server, or to have it restarted, on one connection."""
+
+
+class RemoteClient(Client):
+    """A client of the server at an endpoint. One thread at a time."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        name: str,
+        *,
+        timeout_seconds: float = 1.0,
+        map_pool: bool = True,
+        keep_alive: Callable[[], None] | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        """Connect in the background; never raises because nobody is there.
+
+        Args:
+            endpoint: "tcp://host:port" or "ipc://path".
+            name: who we are, for the server's log.
+            timeout_seconds: deadline of one request.
+            map_pool: whether this client copies payloads. One that does not still holds the pool's connection,
+                by which the server sees its end.
+            keep_alive: called while the server is away, at most once a second; embedded mode restarts it.
+            on_close: called at the end of ``close``; embedded mode ends the server.
+        """
+        self.session = uuid.uuid4().hex
+        self.num_failures = 0
+        """Requests that got no answer."""
+        self._name = name
+        self._timeout_seconds = timeout_seconds
+        self._keep_alive = keep_alive
+        self._on_close = on_close
+        self._channel = Channel(endpoint)
+        self._pools = PoolMappings(map_pool=map_pool)
+        self._welcome: m.Welcome | None = None
+        self._hello = 0
+        """Sequence number of a hello that was not answered yet."""
+        self._greeted_on = -1
+        """The channel's ``connections`` when we last said hello."""
+        self._next_attempt_at = 0.0
+        self._registered: set[bytes] = set()
+        self._chunk_size: int | None = None
+        self._closed = False
+
+    # Connection
+
+    @property
+    def connected(self) -> bool:
+        if self._closed:
+            return False
+        if self._welcome is not None and self._channel.connections == self._greeted_on:
+            return True
+        return self._greet()
+
+    def _greet(self) -> bool:
+        """Open a session if a server is there. Never waits: an answer is taken by a later call."""
+        if self._welcome is not None:
+            self._lost("the connection was lost")
+        if self._hello:
+            answer = self._channel.answer_to(self._hello)
+            if answer is not None:
+                self._hello = 0
+                return self._answered(answer[0])
+        now = time.monotonic()
+        if now < self._next_attempt_at and self._greeted_on == self._channel.connections:
+            return False
+        self._next_attempt_at = now + _RETRY_SECONDS
+        self._greeted_on = self._channel.connections
+        if self._greeted_on % 2:
+            self._hello = self._channel.tell(m.Hello(m.PROTOCOL_VERSION, self.session, self._name))
+        elif self._keep_alive is not None:
+            self._keep_alive()
+        return False
+
+    def _answered(self, reply: m.Reply) -> bool:
+        """The server answered our hello; whether it let us in."""
+        if isinstance(reply, m.Refused):
+            logger.error("%s refused us: %s", self._channel.endpoint, reply.reason)
+            self._next_attempt_at = time.monotonic() + 60 * _RETRY_SECONDS
+        if not isinstance(reply, m.Welcome):
+            return False
+        self._welcome = reply
+        self._registered.clear()
+        self._chunk_size = reply.chunk_size
+        shared = self._pools.add(reply.pool_socket, reply.pool_id, self.session, self._timeout_seconds)
+        logger.info(
+            "%s: connected to kvstrata %s at %s%s",
+            self._name,
+            reply.server_version,
+            self._channel.endpoint,
+            "" if shared else "; its pool cannot be mapped from here, data goes through the socket, slower",
+        )
+        return True
+
+    def wait_connected(self, timeout_seconds: float) -> bool:
+        """Wait for the server to be there; for start-up and tools, never on the path of a request."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.connected:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _lost(self, why: str) -> None:
+        logger.warning("%s: going on without the server at %s: %s", self._name, self._channel.endpoint, why)
+        self._welcome = None
+
+    @property
+    def server_chunk_size(self) -> int | None:
+        return self._chunk_size if self.connected else None
+
+    # Requests
+
+    def _ask(self, message: m.Message) -> Answer | None:
+        """One request; None when it got no answer, after which the client is not connected."""
+        if not self.connected:
+            return None
+        answer = self._channel.ask(message, self._timeout_seconds)
+        if answer is None:
+            self.num_failures += 1
+            self._lost(f"no answer to {type(message).__name__} within {self._timeout_seconds:g} s")
+        elif isinstance(answer[0], m.UnknownSession):
+            # It restarted, or forgot us. The next call says hello.
+            self._welcome = None
+            self._next_attempt_at = 0.0
+            return None
+        elif isinstance(answer[0], m.Refused):
+            logger.error("%s refused %s: %s", self._channel.endpoint, type(message).__name__, answer[0].reason)
+            return None
+        return answer
+
+    def _register(self, namespace: Namespace) -> bytes | None:
+        """The fingerprint of a namespace that the server knows; None while there is no server."""
+        if not self.connected:
+            return None
+        fingerprint = namespace.fingerprint
+        if fingerprint not in self._registered:
+            if self._ask(m.Register(namespace)) is None:
+                return None
+            self._registered.add(fingerprint)
+        return fingerprint
+
+    def _tell(self, message: m.Message, payloads: Sequence[memoryview] = ()) -> None:
+        if self.connected:
+            self._channel.tell(message, payloads)
+
+    # Verbs
+
+    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+        fingerprint = self._register(namespace)
+        if fingerprint is None:
+            return NO_HIT
+        match self._ask(m.Lookup(request_id, fingerprint, prefix)):
+            case (m.LookupReply(hit=hit), _):
+                return hit
+            case _:
+                return NO_HIT
+
+    def release(self, request_id: str) -> None:
+        self._tell(m.Release(request_id))
+
+    def payloads(self, request_id: str, shard: int, hit: Hit, namespace: Namespace) -> list[memoryview] | None:
+        sizes = [namespace.layout.payload_bytes(piece.num_tokens) for piece in hit.pieces]
+        pool = self.mapped_pool(hit.pool_id)
+        if pool is None and self.connected:  # the server may be new to us
+            pool = self.mapped_pool(hit.pool_id)
+        if pool is not None:
+            return [pool[o : o + size] for o, size in zip(hit.offsets[shard], sizes, strict=True)]
+        return self._fetch(request_id, shard, sizes)
+
+    def _fetch(self, request_id: str, shard: int, sizes: list[int]) -> list[memoryview] | None:
+        match self._ask(m.Fetch(request_id, shard)):
+            case (m.Fetched(found=True), payloads) if [len(p) for p in payloads] == sizes:
+                return list(payloads)
+            case _:
+                return None
+
+    def reserve(self, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> Reservation:
+        nothing = Reservation(namespace, shard, pieces, [None] * len(pieces), [None] * len(pieces), "")
+        fingerprint = self._register(namespace)
+        if fingerprint is None:
+            return nothing
+        match self._ask(m.Reserve(fingerprint, shard, tuple(pieces))):
+            case (m.Reserved(slots=slots, pool_id=pool_id), _) if len(slots) == len(pieces):
+                pool = self.mapped_pool(pool_id)
+            case _:
+                return nothing
+        buffers = [
+            None
+            if slot is None
+            else pool[slot.offset : slot.offset + slot.payload_bytes]
+            if pool is not None
+            else memoryview(bytearray(slot.payload_bytes))
+            for slot in slots
+        ]
+        return Reservation(namespace, shard, pieces, slots, buffers, pool_id)
+
+    def commit(self, reservation: Reservation) -> None:
+        hashes = reservation.reserved_hashes
+        if not hashes or not self._still_there(reservation):
+            return
+        inline = self.mapped_pool(reservation.pool_id) is None
+        payloads = [b for b in reservation.buffers if b is not None] if inline else []
+        self._tell(m.Commit(reservation.shard, hashes), payloads)
+
+    def abort(self, reservation: Reservation) -> None:
+        hashes = reservation.reserved_hashes
+        if hashes and self._still_there(reservation):
+            self._tell(m.Abort(reservation.shard, hashes))
+
+    def _still_there(self, reservation: Reservation) -> bool:
+        """Whether the server is the one that made the reservation."""
+        return self.connected and self._welcome is not None and self._welcome.pool_id == reservation.pool_id
+
+    def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
+        if namespace.fingerprint in self._registered:
+            self._tell(m.ReportPrefill(namespace.fingerprint, num_tokens, seconds))
+
+    def clear(self, namespace: Namespace | None = None) -> int:
+        fingerprint = None
+        if namespace is not None:
+            fingerprint = self._register(namespace)
+            if fingerprint is None:
+                return 0
+        match self._ask(m.Clear(fingerprint)):
+            case (m.Cleared(entries=entries), _):
+                return entries
+            case _:
+                return 0
+
+    def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
+        match self._ask(m.ListKeys(prefix, limit)):
+            case (m.Keys(keys=keys), _):
+                return list(keys)
+            case _:
+                return []
+
+    def stats(self) -> dict[str, Any]:
+        match self._ask(m.GetStats()):
+            case (m.Stats(stats=stats), _):
+                return stats
+            case _:
+                return {}
+
+    def mapped_pool(self, pool_id: str) -> memoryview | None:
+        return self._pools.get(pool_id)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._tell(m.Goodbye())
+            self._closed = True
+            self._channel.close()
+            self._pools.close()
+            if self._on_close is not None:
+                self._on_close()

@@ -1,0 +1,55 @@
+"""The private server of embedded mode: ``python -m kvstrata.server.embedded DIRECTORY PARENT_PID``.
+
+Reads its settings as JSON from standard input (they may hold passwords, so they are no arguments), listens on
+``DIRECTORY/control.sock``, and ends with the process that started it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from kvstrata.config import Settings
+from kvstrata.errors import KVStrataError
+from kvstrata.logs import configure_logging
+from kvstrata.server.lifecycle import http_api, stopped_by_signals
+from kvstrata.server.server import Server
+
+logger = logging.getLogger(__name__)
+
+
+def main(directory: Path, parent_pid: int) -> int:
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
+    configure_logging(settings.log_level)
+    # Ctrl-C reaches the whole process group; the engine decides when this server ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = Server(
+            settings,
+            endpoint=f"ipc://{directory}/control.sock",
+            pool_socket=str(directory / "pool.sock"),
+            announce_chunk_size=False,
+            watch_pid=parent_pid,
+        )
+    except KVStrataError as error:
+        logger.error("the embedded server cannot start, there will be no cache: %s", error)
+        return 1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(server))
+        stack.enter_context(stopped_by_signals(server))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if settings.http_port is not None:
+            stack.enter_context(http_api(server, settings.http_host, settings.http_port))
+        server.serve()
+    return 0
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
