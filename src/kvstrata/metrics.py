@@ -1,0 +1,218 @@
+"""Every metric: its name, unit and labels.
+
+All begin with ``kvstrata_``. Labels take few values, known in advance: tiers by their configured names,
+reasons, operations. Never a model, a salt, a key or a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from kvstrata import __version__
+from kvstrata.types import MissReason
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""The media type of :meth:`Metrics.render`."""
+L1 = "l1"
+"""The value of the label ``tier`` for host memory."""
+OPERATIONS = ("contains", "read", "write", "delete", "clear")
+"""What is done to a tier; the values of the label ``operation``."""
+_PREFIX = "kvstrata_"
+_LOOKUP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_OPERATION_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class QueuedTier(Protocol):
+    """What the gauges want to know of a tier."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def queued_bytes(self) -> int: ...
+
+
+class Metrics:
+    """The metrics of one core, in a registry of their own. Thread-safe.
+
+    Attributes are the metrics themselves; methods are what the core reports, one call per event.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._num_evicted = 0
+        self._declare_lookups()
+        self._declare_l1()
+        self._declare_tiers()
+        Gauge("build_info", "Always 1; the label says the version.", ["version"], namespace="kvstrata",
+              registry=self.registry).labels(__version__).set(1)  # fmt: skip
+        self.hit_tokens_total.labels(L1)
+        for reason in MissReason:
+            self.misses_total.labels(reason.value)
+            self.miss_tokens_total.labels(reason.value)
+
+    def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _declare_lookups(self) -> None:
+        self.lookups_total = self._counter("lookups_total", "Look-ups that were answered.")
+        self.lookup_tokens_total = self._counter("lookup_tokens_total", "Prompt tokens that were looked up.")
+        self.lookup_seconds = Histogram(
+            _PREFIX + "lookup_seconds",
+            "From the first question to the final answer, loading from tiers included.",
+            buckets=_LOOKUP_BUCKETS,
+            registry=self.registry,
+        )
+        self.hit_tokens_total = self._counter(
+            "hit_tokens_total", "Prompt tokens that were found, by the tier that had them.", ["tier"]
+        )
+        self.misses_total = self._counter(
+            "misses_total", "Look-ups that found less than all, by why they ended where they did.", ["reason"]
+        )
+        self.miss_tokens_total = self._counter(
+            "miss_tokens_total",
+            "Prompt tokens that were not found, by the reason of their look-up.",
+            ["reason"],
+        )
+        self.gated_total = self._counter(
+            "gated_total", "Look-ups that recompute what a tier holds, because loading is slower.", ["tier"]
+        )
+
+    def _declare_l1(self) -> None:
+        self.stored_tokens_total = self._counter("stored_tokens_total", "Tokens stored; once per shard.")
+        self.stored_bytes_total = self._counter("stored_bytes_total", "Payload bytes stored.")
+        self.stores_dropped = self._counter(
+            "stores_dropped_total", "Payloads that were not stored because L1 had no room."
+        )
+        self.evictions_total = self._counter("evictions_total", "Entries of L1 that were evicted.")
+        self.l1_used_bytes = self._gauge("l1_used_bytes", "Bytes of L1 in use.")
+        self.l1_capacity_bytes = self._gauge("l1_capacity_bytes", "Bytes of L1.")
+        self.l1_entries = self._gauge("l1_entries", "Entries of L1.")
+        self.leases = self._gauge("leases", "Look-ups whose hit is held for their request.")
+        self.reservations = self._gauge("reservations", "Slots that workers are filling.")
+        self.sessions = self._gauge("sessions", "Clients.")
+
+    def _declare_tiers(self) -> None:
+        both = ["tier", "operation"]
+        self.tier_operation_seconds = Histogram(
+            _PREFIX + "tier_operation_seconds",
+            "Operations on a tier that succeeded; a batch is one.",
+            both,
+            buckets=_OPERATION_BUCKETS,
+            registry=self.registry,
+        )
+        self.tier_bytes_total = self._counter("tier_bytes_total", "Bytes moved by those operations.", both)
+        self.tier_errors_total = self._counter("tier_errors_total", "Operations that failed.", ["tier"])
+        self.write_drops_total = self._counter(
+            "tier_write_drops_total", "Writes dropped: queue full, tier down, or failed.", ["tier"]
+        )
+        self.frame_misses_total = self._counter(
+            "tier_frame_misses_total", "Entries asked of a tier and not delivered.", ["tier", "reason"]
+        )
+        self.breaker_open = self._gauge("tier_breaker_open", "1 while the tier is left alone.", ["tier"])
+        self.queue_bytes = self._gauge("tier_queue_bytes", "Bytes that wait to be written.", ["tier"])
+
+    # What the core reports
+
+    def looked_up(
+        self, num_tokens: int, hit_tokens: Mapping[str, int], reason: MissReason | None, seconds: float
+    ) -> None:
+        """A look-up was answered. ``hit_tokens`` is by tier; there is a ``reason`` unless all were found."""
+        self.lookups_total.inc()
+        self.lookup_tokens_total.inc(num_tokens)
+        self.lookup_seconds.observe(seconds)
+        for tier, count in hit_tokens.items():
+            self.hit_tokens_total.labels(tier).inc(count)
+        if reason is not None:
+            self.misses_total.labels(reason.value).inc()
+            missing = max(0, num_tokens - sum(hit_tokens.values()))
+            self.miss_tokens_total.labels(reason.value).inc(missing)
+
+    def gated(self, tier: str) -> None:
+        """The gate decided against loading from ``tier``."""
+        self.gated_total.labels(tier).inc()
+
+    def stored(self, num_tokens: int, payload_bytes: int) -> None:
+        """Payloads of one shard became visible."""
+        self.stored_tokens_total.inc(num_tokens)
+        self.stored_bytes_total.inc(payload_bytes)
+
+    def tier_added(self, tier: str) -> None:
+        """A tier is in use: all its series exist from now on, as zeros."""
+        for operation in OPERATIONS:
+            self.tier_operation_seconds.labels(tier, operation)
+            self.tier_bytes_total.labels(tier, operation)
+        for reason in MissReason:
+            self.frame_misses_total.labels(tier, reason.value)
+        for metric in (
+            self.hit_tokens_total,
+            self.gated_total,
+            self.tier_errors_total,
+            self.write_drops_total,
+        ):
+            metric.labels(tier)
+        self.breaker_open.labels(tier)
+        self.queue_bytes.labels(tier)
+
+    def tier_operation(self, tier: str, operation: str, num_bytes: int, seconds: float) -> None:
+        """An operation (one of :data:`OPERATIONS`) succeeded."""
+        self.tier_operation_seconds.labels(tier, operation).observe(seconds)
+        self.tier_bytes_total.labels(tier, operation).inc(num_bytes)
+
+    def tier_failed(self, tier: str) -> None:
+        """An operation failed."""
+        self.tier_errors_total.labels(tier).inc()
+
+    def write_dropped(self, tier: str) -> None:
+        """An entry will not be in ``tier``."""
+        self.write_drops_total.labels(tier).inc()
+
+    def frame_missed(self, tier: str, reason: MissReason) -> None:
+        """``tier`` did not deliver an entry that it was asked for."""
+        self.frame_misses_total.labels(tier, reason.value).inc()
+
+    def breaker_changed(self, tier: str, *, is_open: bool) -> None:
+        """``tier`` is left alone from now on, or used again."""
+        self.breaker_open.labels(tier).set(is_open)
+
+    def update_gauges(self, l1: Mapping[str, Any], num_sessions: int, tiers: Iterable[QueuedTier]) -> None:
+        """What is counted elsewhere: the ``l1`` part of the core's figures, sessions, queues. One thread."""
+        self.l1_used_bytes.set(l1["used_bytes"])
+        self.l1_capacity_bytes.set(l1["budget_bytes"])
+        self.l1_entries.set(l1["entries"])
+        self.leases.set(l1["lookups"])
+        self.reservations.set(l1["reservations"])
+        self.evictions_total.inc(l1["evictions"] - self._num_evicted)
+        self._num_evicted = l1["evictions"]
+        self.sessions.set(num_sessions)
+        for tier in tiers:
+            self.queue_bytes.labels(tier.name).set(tier.queued_bytes)
+
+    # What readers get
+
+    def totals(self) -> dict[str, Any]:
+        """All counters by name, without prefix and suffix; those with labels as (nested) dicts by label."""
+        totals: dict[str, Any] = {}
+        for family in self.registry.collect():
+            if family.type != "counter":
+                continue
+            name = family.name.removeprefix(_PREFIX)
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    _put(totals, [name, *sample.labels.values()], int(sample.value))
+        return totals
+
+    def render(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
+        return generate_latest(self.registry)
+
+
+def _put(tree: dict[str, Any], path: list[str], value: int) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
