@@ -34,11 +34,10 @@ class EmbeddedServer:
         """Start the server, or leave that to the process that already did."""
         self._settings = settings
         self._directory = runtime_directory / (_PREFIX + hashlib.sha256(engine_id.encode()).hexdigest()[:16])
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock = _open_lock(self._directory)
         self._process: subprocess.Popen[bytes] | None = None
-        _sweep(runtime_directory)
         self.keep_alive()
+        _sweep(runtime_directory)
 
     @property
     def endpoint(self) -> str:
@@ -77,6 +76,14 @@ class EmbeddedServer:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _open_lock(directory: Path) -> int:
+    """The lock file of an engine, young, so that nobody sweeps it away before it is locked."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.utime(fd)
+    return fd
 
 
 def _try_lock(fd: int) -> bool:

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
 from kvstrata import __version__
-from kvstrata.metrics import CONTENT_TYPE, Metrics
+from kvstrata.metrics import CONTENT_TYPE
 
 HEALTHY = frozenset({"ok", "degraded"})
 """Values of ``status`` answered with 200. A tier that is down is no reason to restart the server."""
@@ -17,8 +17,9 @@ HEALTHY = frozenset({"ok", "degraded"})
 class StatusSource(Protocol):
     """What the API shows. Methods are called from several threads at once, and must not block for long."""
 
-    @property
-    def metrics(self) -> Metrics: ...
+    def metrics(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
+        ...
 
     def health(self) -> dict[str, Any]:
         """``status`` ("ok" or "degraded" when it serves) and ``tiers``: the state of each by name."""
@@ -43,7 +44,7 @@ def create_app(source: StatusSource) -> FastAPI:
     @app.get("/metrics")
     def metrics() -> Response:
         """All metrics in the text format of Prometheus."""
-        return Response(source.metrics.render(), headers={"content-type": CONTENT_TYPE})
+        return Response(source.metrics(), headers={"content-type": CONTENT_TYPE})
 
     @app.get("/stats")
     def stats() -> JSONResponse:
