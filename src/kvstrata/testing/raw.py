@@ -118,6 +118,7 @@ class RawFiles:
     def write(self, number: int, frame: memoryview) -> None:
         path = self._path(number).with_suffix(".new")
         with path.open("wb", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, len(frame))  # ext4 replaces files 8 times slower without
             file.write(frame)
         path.rename(self._path(number))
 
