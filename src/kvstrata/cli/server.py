@@ -14,7 +14,6 @@ from kvstrata.config import ALIASES, DEFAULT, SETTINGS, load_settings, tier_conf
 from kvstrata.logs import configure_logging
 
 EXAMPLE = "Example: kvstrata server --l1-size-gb 20 --eviction-policy LRU --chunk-size 256"
-DEFAULT_HTTP_PORT = 8080
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +73,9 @@ def server(
         "shm_dir": shm_dir,
         "log_level": log_level,
     }
+    # Here, because the server's dependencies take a while to import and no other command needs them.
+    from kvstrata.server.lifecycle import DEFAULT_HTTP_PORT, run  # noqa: PLC0415
+
     resolved = load_settings(file=config_file, overrides=overrides | _more(more or [], overrides))
     settings = resolved.settings
     if resolved.sources["http_port"] == DEFAULT:
@@ -92,9 +94,6 @@ def server(
                 "tiers": ["l1", *(tier.name for tier in tier_configs(settings))],
             }
         )
-    # Here, because the server's dependencies take a while to import and no other command needs them.
-    from kvstrata.server import run  # noqa: PLC0415
-
     return run(settings)
 
 

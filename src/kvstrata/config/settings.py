@@ -44,9 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     min_retrieve_tokens: Annotated[
         int, _meta("A hit of fewer tokens is not used: they are recomputed.", "tokens", ge=0)
     ] = 0
-    gate: Annotated[
-        bool, _meta("Recompute what is measured to load slower than it is recomputed.")
-    ] = True
+    gate: Annotated[bool, _meta("Recompute what is measured to load slower than it is recomputed.")] = True
     lookup_timeout_ms: Annotated[
         int,
         _meta("How long a look-up may wait for lower tiers; then what has arrived counts.", "ms", ge=0),

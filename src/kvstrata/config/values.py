@@ -129,7 +129,7 @@ def parse_directory(value: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-SCHEME_KINDS = {"file": "disk", "rediss": "redis", "valkey": "redis", "valkeys": "redis", "unix": "redis"}
+SCHEME_KINDS = {"file": "disk", "rediss": "redis", "unix": "redis"}
 """URL schemes whose tier goes by another name. Every other scheme is the name of its tier."""
 
 
@@ -161,5 +161,6 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "server_url": _server_url,
     "local_disk": parse_directory,
     "shm_dir": parse_directory,
+    "runtime_dir": parse_directory,
     "remote_url": _remote_url,
 }

@@ -6,7 +6,7 @@ import msgspec
 
 from kvstrata import plugins
 from kvstrata.config import TierConfig, mask
-from kvstrata.errors import ConfigError
+from kvstrata.errors import ConfigError, TierError
 from kvstrata.tiers.base import Tier
 
 
@@ -14,17 +14,14 @@ def open_tier(config: TierConfig) -> Tier:
     """Make the tier that ``config`` describes; it may read its directory, it need not connect yet.
 
     Raises:
-        ConfigError: an option is wrong.
+        ConfigError: an option is wrong, or its place (a directory, say) cannot be used.
         PluginError: there is no such tier, or it cannot be loaded.
     """
-    tier_class: type[Tier] = plugins.load("tiers", config.kind)
+    tier_class = plugins.load("tiers", config.kind)
     try:
-        options = msgspec.convert(config.options, tier_class.Options)
+        tier: Tier = tier_class(msgspec.convert(config.options, tier_class.Options))
     except msgspec.ValidationError as error:
         raise ConfigError(f"options of tier {config.name!r}: {error}, in {mask(config.options)!r}") from None
-    # Every tier is made from its own options, which the contract of the class cannot express.
-    make: type = tier_class
-    tier = make(options)
-    if not isinstance(tier, Tier):
-        raise ConfigError(f"plug-in {config.kind!r} is not a tier")
+    except (TierError, OSError) as error:
+        raise ConfigError(f"tier {config.name!r} cannot be opened: {error}") from error
     return tier
