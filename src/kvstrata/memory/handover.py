@@ -2,9 +2,9 @@
 
 A client connects and gets one message: ``<4sHHQ`` (magic, version, length of the pool's id, size of the pool
 in bytes), then the pool's id in UTF-8, and with it the descriptor (``SCM_RIGHTS``). It sends one message: the
-name of its session. The connection then stays open for as long as the client may write to the pool: the kernel
-closes it when the last process that holds it ends, however that happens and in whatever PID namespace it lives,
-so its end is the proof that a slot may be given to somebody else.
+name of its session. The connection then stays open for as long as the client may write to the pool: the
+kernel closes it when the last process that holds it ends, however that happens and in whatever PID namespace
+it lives, so its end is the proof that a slot may be given to somebody else.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ _VERSION = 1
 _HEADER = struct.Struct("<4sHHQ")
 _MAX_MESSAGE_BYTES = 1024
 _MAX_PATH_BYTES = 107  # of sun_path
+_DESCRIPTOR = struct.Struct("i")
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 class PoolServer:
     """Listens on a unix socket and gives each client of our user, or of root, the pool's descriptor.
 
-    Nothing here blocks: the message is small enough for the socket's buffer and the client sends nothing.
+    Nothing here blocks: the message is small enough for the socket's buffer, and nothing is waited for.
     So the caller needs no thread: it polls ``fileno()`` for reading and then calls ``serve_one``.
     """
 
@@ -134,17 +135,30 @@ def _fetch(
         uid = _peer_uid(connection)
         if not _trusted(uid):
             raise PoolError(f"the L1 pool at {path} belongs to user {uid}, neither ours nor root's")
-        message, fds, _, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-        connection.send(session.encode())
+        message, fds = _receive(connection)
     except OSError as error:
         raise PoolError(f"no L1 pool can be had at {path}: {error}") from error
     try:
         size_bytes, pool_id = _parse(message, len(fds))
-    except PoolError:
+        connection.send(session.encode())
+    except (OSError, PoolError) as error:
         for fd in fds:
             os.close(fd)
-        raise
+        raise PoolError(f"no L1 pool can be had at {path}: {error}") from error
     return fds[0], size_bytes, pool_id
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    # Not socket.recv_fds: in Python 3.11 it drops the flags, and children would inherit the descriptor.
+    room = socket.CMSG_SPACE(_DESCRIPTOR.size)
+    message, ancillary, _, _ = connection.recvmsg(_MAX_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    fds = [
+        fd
+        for level, kind, data in ancillary
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
+        for (fd,) in _DESCRIPTOR.iter_unpack(data[: len(data) - len(data) % _DESCRIPTOR.size])
+    ]
+    return message, fds
 
 
 def _parse(message: bytes, num_fds: int) -> tuple[int, str]:
