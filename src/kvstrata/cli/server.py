@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from kvstrata.cli.output import AsJson, ConfigFile, print_json
+from kvstrata.cli.output import ConfigFile
 from kvstrata.config import ALIASES, DEFAULT, SETTINGS, load_settings, tier_configs
 from kvstrata.logs import configure_logging
 
@@ -50,7 +50,9 @@ def server(
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be given several times."),
     ] = None,
     config_file: ConfigFile = None,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the process id, addresses and tiers as one line of JSON.")
+    ] = False,
 ) -> int:
     """Run a cache server until it is told to end (SIGTERM, SIGINT).
 
@@ -84,16 +86,14 @@ def server(
     for notice in resolved.notices:
         log.warning("%s", notice)
     if as_json:
-        print_json(
-            {
-                "pid": os.getpid(),
-                "url": f"tcp://{settings.host}:{settings.port}",
-                "http": None
-                if settings.http_port is None
-                else f"http://{settings.http_host}:{settings.http_port}",
-                "tiers": ["l1", *(tier.name for tier in tier_configs(settings))],
-            }
-        )
+        about = {
+            "pid": os.getpid(),
+            "url": f"tcp://{settings.host}:{settings.port}",
+            "http": f"http://{settings.http_host}:{settings.http_port}",
+            "tiers": ["l1", *(tier.name for tier in tier_configs(settings))],
+        }
+        # One line, at once: whoever started the server reads it while the server runs.
+        print(msgspec.json.encode(about).decode(), flush=True)
     return run(settings)
 
 
