@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 
 START_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1
@@ -51,17 +52,17 @@ class RedisServer:
         self._directory = Path(tempfile.mkdtemp(prefix="kvs-redis-"))
         self.socket_path = str(self._directory / "s")
         self._binary = binary or server_binary()
-        self._password = password
+        self.password = password
         self._process: subprocess.Popen[bytes] | None = None
         lines = ["bind 127.0.0.1", f"port {self.port}", f"unixsocket {self.socket_path}"]
         lines += [f"dir {self._directory}", 'save ""', "appendonly no", "daemonize no"]
-        lines += [f"requirepass {password}"] if password else []
+        lines += [f'requirepass "{password}"'] if password else []
         (self._directory / "conf").write_text("\n".join([*lines, *config]) + "\n")
 
     @property
     def url(self) -> str:
         """``redis://`` with the password, if there is one."""
-        login = f":{self._password}@" if self._password else ""
+        login = f":{quote(self.password, safe='')}@" if self.password else ""
         return f"redis://{login}127.0.0.1:{self.port}/0"
 
     @property
@@ -137,5 +138,9 @@ class RedisServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill it and delete its directory."""
         self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -84,7 +84,8 @@ class RedisTier(Tier):
             values = batch.get_many(connection, names, buffers)
             failure = self._failure(connection, values)
             if self.options.refresh_ttl and not failure:
-                self._refresh(connection, [key for key, value in zip(keys, values, strict=True) if value])
+                held = [key for key, value in zip(keys, values, strict=True) if isinstance(value, int)]
+                self._refresh(connection, held)
         if failure:
             raise failure
         return [_result(value, len(buffer)) for value, buffer in zip(values, buffers, strict=True)]

@@ -1,0 +1,85 @@
+"""TLS for tests: certificates made on the spot, a Redis server with a TLS port. Needs ``cryptography``."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+from pathlib import Path
+from typing import Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from kvstrata.testing.redis_server import RedisServer, free_port, server_binary
+
+_Issuer = tuple[x509.Name, ec.EllipticCurvePrivateKey]
+
+
+class Certificates:
+    """A certificate authority with a certificate for 127.0.0.1, one for another name, and one for clients."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.authority = self._make("authority", issuer=None)
+        self._make("other_authority", issuer=None)
+        self._make("server", issuer=self.authority, address="127.0.0.1")
+        self._make("elsewhere", issuer=self.authority, address="192.0.2.1")
+        self._make("client", issuer=self.authority)
+
+    def path(self, name: str) -> str:
+        """A file: a name with ``.crt`` or ``.key``."""
+        return str(self.directory / name)
+
+    def _make(self, name: str, issuer: _Issuer | None, address: str | None = None) -> _Issuer:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        now = dt.datetime.now(dt.UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer[0] if issuer else subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(days=1))
+            .not_valid_after(now + dt.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        )
+        if address:
+            names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
+            builder = builder.add_extension(names, critical=False)
+        certificate = builder.sign(issuer[1] if issuer else key, hashes.SHA256())
+        pem = serialization.Encoding.PEM
+        Path(self.path(f"{name}.crt")).write_bytes(certificate.public_bytes(pem))
+        Path(self.path(f"{name}.key")).write_bytes(
+            key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        )
+        return subject, key
+
+
+class TLSServer:
+    """A server with a TLS port beside the plain one."""
+
+    def __init__(self, certificates: Certificates, name: str, *, client_certificates: bool) -> None:
+        self.tls_port = free_port()
+        self.certificates = certificates
+        lines = [
+            f"tls-port {self.tls_port}",
+            f"tls-cert-file {certificates.path(name + '.crt')}",
+            f"tls-key-file {certificates.path(name + '.key')}",
+            f"tls-ca-cert-file {certificates.path('authority.crt')}",
+            f"tls-auth-clients {'yes' if client_certificates else 'no'}",
+        ]
+        self.server = RedisServer(lines, binary=server_binary(tls=True))
+
+    def __enter__(self) -> Self:
+        self.server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.close()
+
+    def url(self, authority: str = "authority", more: str = "") -> str:
+        """``rediss://`` that trusts ``authority``, with ``more`` parameters."""
+        ca = self.certificates.path(f"{authority}.crt")
+        return f"rediss://127.0.0.1:{self.tls_port}/0?ssl_ca_certs={ca}{more}"
