@@ -145,7 +145,7 @@ def _docs_in(body: list[ast.stmt]) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             match below:
                 case ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[field.target.id] = " ".join(text.split())
+                    docs[field.target.id] = " ".join(text.replace("``", "`").split())
                 case _:
                     pass
     return docs
