@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, namespace, read_frames
 from kvstrata.tiers.base import Tier
-from kvstrata.tiers.disk import STAGING, STAGING_AGE_SECONDS, DiskOptions, DiskTier, key_path, path_key
+from kvstrata.tiers.disk import DiskOptions, DiskTier
+from kvstrata.tiers.disk.paths import key_path, path_key
+from kvstrata.tiers.disk.staging import STAGING, STAGING_AGE_SECONDS
 from kvstrata.types import Miss, MissReason
 
 END_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9)\n"
@@ -29,11 +32,10 @@ WRITER = (
     END_WITH_PARENT
     + """
 import hashlib, random, sys
-from kvstrata.testing.tier import make_keys
 from kvstrata.tiers.disk import DiskOptions, DiskTier
 tier = DiskTier(DiskOptions(path=sys.argv[1], max_bytes=20_000_000))
 rng = random.Random(int(sys.argv[2]))
-keys = make_keys(30)
+keys = [f"vllm@m@1@0@{number:064x}" for number in range(30)]
 print("started", flush=True)
 while True:
     body = rng.randbytes(rng.randrange(1, 2_000_000))
@@ -113,6 +115,13 @@ def test_the_budget_is_kept_and_the_least_recently_used_go(tmp_path: Path, keys:
         assert tier.contains(keys[:7]) == [True, False, False, True, True, True, True]
         assert tier.stats().used_bytes == 5000
         assert sum((tmp_path / file).stat().st_size for file in files(tmp_path)) == 5000
+
+
+def test_writers_that_begin_together_keep_the_budget(tmp_path: Path) -> None:
+    with contextlib.closing(open_tier(tmp_path, 1_000_000)) as tier, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda key: tier.write([key], [make_frame(600_000)]), make_keys(40)))
+        assert tier.stats().used_bytes == 600_000
+        assert len(list(tier.scan())) == 1
 
 
 def test_overwriting_does_not_use_budget_twice(tmp_path: Path, keys: list[str]) -> None:

@@ -431,7 +431,7 @@ def test_certificates_that_are_not_trusted_are_refused(
     for url, text in (
         (tls_server.url("other_authority"), "certificate refused"),
         (strict_tls_server.url(more=client), "certificate refused.*127.0.0.1"),
-        (strict_tls_server.url(more=unchecked), ""),
+        (strict_tls_server.url(more=unchecked), "rediss://127.0.0.1"),
     ):
         tier = open_tier(url)
         with contextlib.closing(tier), pytest.raises(TierUnavailable, match=text):

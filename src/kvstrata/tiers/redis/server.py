@@ -51,11 +51,15 @@ class Server:
         Raises:
             TierUnavailable: all connections stay in use, or no new one can be made.
         """
+        deadline = time.monotonic() + self._timeout_seconds
         if not self._free.acquire(timeout=self._timeout_seconds):
             raise TierUnavailable(f"{self._name}: all connections are in use")
         try:
-            connection = self._take() or self._connect()
-            connection.start(self._timeout_seconds)
+            connection = self._take()
+            if connection is None:
+                connection = self._connect()
+                deadline = time.monotonic() + self._timeout_seconds
+            connection.start(deadline - time.monotonic())
             try:
                 yield connection
             except BaseException:
@@ -87,6 +91,7 @@ class Server:
         connection.close()
 
     def _connect(self) -> Connection:
+        deadline = time.monotonic() + self._connect_timeout_seconds
         try:
             sock = self.endpoint.connect(self._context, self._connect_timeout_seconds)
         except ssl.SSLCertVerificationError as error:
@@ -96,7 +101,7 @@ class Server:
             raise TierUnavailable(f"{self._name}: cannot connect: {reason}") from error
         connection = Connection(sock, self._name)
         try:
-            connection.start(self._connect_timeout_seconds)
+            connection.start(deadline - time.monotonic())
             self._log_in(connection)
             self._introduce(connection)
         except BaseException:
@@ -145,8 +150,12 @@ class Server:
                 return
             self._introduced = True
         started = time.monotonic()
-        connection.send([command(b"INFO", b"server"), command(b"INFO", b"memory")])
-        replies = [connection.reply(), connection.reply()]
+        try:
+            connection.send([command(b"INFO", b"server"), command(b"INFO", b"memory")])
+            replies = [connection.reply(), connection.reply()]
+        except TierUnavailable:
+            self._introduced = False
+            raise
         latency = time.monotonic() - started
         refusals = [reply for reply in replies if isinstance(reply, ErrorReply)]
         if refusals:

@@ -11,40 +11,20 @@ sets it right. Checksums are verified above the tiers.
 from __future__ import annotations
 
 import errno
-import fcntl
-import functools
-import itertools
-import logging
 import os
-import re
-import secrets
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import quote, unquote
 
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
 from kvstrata.tiers.base import Tier, TierOptions
+from kvstrata.tiers.disk.index import Index
+from kvstrata.tiers.disk.paths import SUFFIX, key_path, may_hold, path_key
+from kvstrata.tiers.disk.staging import STAGING, Staging, entries_of
 from kvstrata.types import Miss, MissReason, TierStats
 
-log = logging.getLogger(__name__)
-
-SUFFIX = ".kv"
-STAGING = ".kvstrata-staging"
-"""Directory of unfinished files; one subdirectory per writer, locked while the writer lives."""
-NAME_BYTES = 200
-"""A quoted namespace longer than this goes on in a subdirectory (file systems allow 255)."""
-STAGING_AGE_SECONDS = 3600.0
-"""Unfinished files without a lock are left alone until they are this old."""
-TOUCH_SECONDS = 60.0
-"""Times of use are written to a file at most this often; they order evictions after a restart."""
-
-_HEAD = re.compile(r"([!-?A-~]+@[!-?A-~]+@[0-9]+)@([0-9]+)")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -57,180 +37,6 @@ class DiskOptions(TierOptions, frozen=True, kw_only=True):
     """Byte budget of all frames in the directory, as far as this process knows of them."""
     fsync: bool = False
     """Wait for the device on each write. Without it a power failure turns recent frames into misses."""
-
-
-def key_path(key: str) -> str | None:
-    """The path of ``key``'s file relative to the tier's directory; None for what is not a key."""
-    head, _, digest = key.rpartition("@")
-    directory = _key_directory(head)
-    if directory is None or _DIGEST.fullmatch(digest) is None:
-        return None
-    return f"{directory}/{digest[:2]}/{digest}{SUFFIX}"
-
-
-@functools.lru_cache(4096)
-def _key_directory(head: str) -> str | None:
-    """The directory for keys that begin with ``head``, which is all but the chunk hash."""
-    match = _HEAD.fullmatch(head)
-    if match is None:
-        return None
-    quoted = quote(match[1], safe="@+=,")
-    parts = [quoted[start : start + NAME_BYTES] for start in range(0, len(quoted), NAME_BYTES)]
-    return "/".join([*parts, match[2]])
-
-
-def path_key(path: str) -> str | None:
-    """The key of a relative path; None for a file that is not one of ours."""
-    *namespace, worker, _, name = path.split("/")
-    key = f"{unquote(''.join(namespace))}@{worker}@{name.removesuffix(SUFFIX)}"
-    return key if key_path(key) == path else None
-
-
-class Index:
-    """Sizes of the files known, in the order of their last use. State only: no I/O. Thread-safe."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        self._used = 0
-        self._reserved = 0
-
-    def reserve(self, size: int) -> list[str]:
-        """Set ``size`` bytes aside; return the keys to delete for it, which are no longer in the index."""
-        with self._lock:
-            self._reserved += size
-            return self._take(self._used + self._reserved - self.max_bytes)
-
-    def unreserve(self, size: int) -> None:
-        """Give back what ``reserve`` set aside."""
-        with self._lock:
-            self._reserved -= size
-
-    def evict(self, size: int) -> list[str]:
-        """Take the least recently used keys of at least ``size`` bytes out; return them."""
-        with self._lock:
-            return self._take(size)
-
-    def _take(self, size: int) -> list[str]:
-        victims = []
-        while size > 0 and self._entries:
-            key, (held, _) = self._entries.popitem(last=False)
-            self._used -= held
-            size -= held
-            victims.append(key)
-        return victims
-
-    def used(self, key: str, size: int, now: float) -> bool:
-        """``key`` of ``size`` bytes was read or written; True when its last noted use is long ago."""
-        with self._lock:
-            held, noted = self._entries.pop(key, (0, 0.0))
-            stale = now - noted > TOUCH_SECONDS
-            self._entries[key] = (size, now if stale else noted)
-            self._used += size - held
-            return stale
-
-    def removed(self, key: str) -> bool:
-        """``key`` has no file any more; True when it was thought to have one."""
-        with self._lock:
-            held = self._entries.pop(key, None)
-            if held is None:
-                return False
-            self._used -= held[0]
-            return True
-
-    def size(self, key: str) -> int | None:
-        """Bytes of ``key`` as last seen."""
-        held = self._entries.get(key)
-        return None if held is None else held[0]
-
-    def totals(self) -> tuple[int, int]:
-        """Number of entries and their bytes."""
-        with self._lock:
-            return len(self._entries), self._used
-
-
-class Staging:
-    """This writer's directory of unfinished files, beside those of others. Thread-safe.
-
-    A lock on a file in it tells that the writer lives; the kernel drops the lock with the process.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = f"{root}/{STAGING}"
-        self._numbers = itertools.count()
-        self._lock_fd = -1
-        while self._lock_fd < 0:
-            self._directory = f"{self._root}/{secrets.token_hex(8)}"
-            Path(self._directory).mkdir(parents=True)
-            self._lock_fd = _locked(f"{self._directory}/lock", os.O_CREAT)
-
-    def create(self) -> tuple[int, str]:
-        """Open a new file for writing."""
-        path = f"{self._directory}/{next(self._numbers)}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            return os.open(path, flags, 0o600), path
-        except FileNotFoundError:
-            # Someone deleted the directory below us. Without the lock its age alone protects it.
-            Path(self._directory).mkdir(parents=True, exist_ok=True)
-            return os.open(path, flags, 0o600), path
-
-    def remove_orphans(self) -> None:
-        """Delete what writers left that are gone, or that hold no lock and are old."""
-        for entry in _entries(self._root):
-            if entry.path == self._directory or not entry.is_dir(follow_symlinks=False):
-                continue
-            try:
-                fd = _locked(f"{entry.path}/lock")
-            except FileNotFoundError:
-                fd = -1
-                if time.time() - entry.stat().st_mtime < STAGING_AGE_SECONDS:
-                    continue
-            else:
-                if fd < 0:
-                    continue
-            _remove_directory(entry.path)
-            if fd >= 0:
-                os.close(fd)
-
-    def close(self) -> None:
-        if self._lock_fd >= 0:
-            _remove_directory(self._directory)
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-
-
-def _locked(path: str, flags: int = 0) -> int:
-    """Open and lock a lock file; -1 when another holds it or deletes it at this moment."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_nlink:
-            return fd
-    except BlockingIOError:
-        pass
-    os.close(fd)
-    return -1
-
-
-def _entries(path: str) -> Iterator[os.DirEntry[str]]:
-    """The entries of a directory; none when it is gone or not ours to see."""
-    try:
-        with os.scandir(path) as entries:
-            yield from entries
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return
-
-
-def _remove_directory(path: str) -> None:
-    """Delete a staging directory and its files; others may do so at the same time."""
-    for entry in _entries(path):
-        Path(entry.path).unlink(missing_ok=True)
-    try:
-        Path(path).rmdir()
-    except OSError as error:
-        log.debug("staging directory %s stays: %s", path, error)
 
 
 class DiskTier(Tier):
@@ -325,6 +131,7 @@ class DiskTier(Tier):
         finally:
             self._index.unreserve(size)
         self._index.used(key, size, time.monotonic())
+        self._unlink(self._index.reserve(0))  # what writers that began together have too much
 
     def _with_room(self, size: int, write: Callable[[], None]) -> None:
         """Call ``write``; while the device is full, evict and try again."""
@@ -388,10 +195,10 @@ class DiskTier(Tier):
         pending = [""]
         while pending:
             relative = pending.pop()
-            for entry in _entries(f"{self._root}/{relative}"):
+            for entry in entries_of(f"{self._root}/{relative}"):
                 path = f"{relative}{entry.name}"
                 if entry.is_dir(follow_symlinks=False):
-                    if _may_hold(path, prefix):
+                    if path != STAGING and may_hold(path, prefix):
                         pending.append(path + "/")
                 elif entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False):
                     key = path_key(path) if path.count("/") >= 3 else None
@@ -419,15 +226,6 @@ def _translated(action: str, root: str) -> Iterator[None]:
         text = f"{action} in {root} failed: {error.strerror or error}"
         full = error.errno in (*_FULL, errno.EFBIG)
         raise (TierFull(text) if full else TierUnavailable(text)) from error
-
-
-def _may_hold(directory: str, prefix: str) -> bool:
-    """Whether keys with ``prefix`` can lie below ``directory`` (relative to the root)."""
-    name, _, below = directory.partition("/")
-    if len(name) == NAME_BYTES:
-        return True  # it may go on in a subdirectory, even in the middle of a quoted character
-    known = unquote(name)
-    return "@" in name and (bool(below) or known.startswith(prefix) or prefix.startswith(known))
 
 
 def _read_into(fd: int, buffer: memoryview, expected: int | None) -> int:

@@ -1,0 +1,5 @@
+"""The disk tier."""
+
+from kvstrata.tiers.disk.tier import DiskOptions, DiskTier
+
+__all__ = ["DiskOptions", "DiskTier"]
