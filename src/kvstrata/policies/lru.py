@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 
 from kvstrata.policies.base import EvictionPolicy
-
-_FIRST_BATCH = 8
+from kvstrata.policies.order import unoffered
 
 
 class LRUPolicy(EvictionPolicy):
-    """Keys in the order of their last use. One ordered dict; sizes play no part."""
+    """Keys in the order of their last use. One ordered dict; sizes play no part.
+
+    A victim that the caller passes over keeps its place, unless it is touched.
+    """
 
     def __init__(self) -> None:
         self._order: OrderedDict[bytes, None] = OrderedDict()
@@ -27,18 +28,7 @@ class LRUPolicy(EvictionPolicy):
         del self._order[key]
 
     def victims(self) -> Iterator[bytes]:
-        # A dict that changes cannot be iterated over, so candidates are taken in batches. Those that the
-        # caller passed over stay in front or went to the end: ``offered`` skips them. As batches double,
-        # walking over them again costs no more in all than walking over everything twice.
         offered: set[bytes] = set()
-        batch = _FIRST_BATCH
-        while True:
-            candidates = (key for key in self._order if key not in offered)
-            taken = list(itertools.islice(candidates, batch))
-            if not taken:
-                return
-            for key in taken:
-                offered.add(key)
-                if key in self._order:
-                    yield key
-            batch *= 2
+        for key in unoffered(self._order, offered):
+            offered.add(key)
+            yield key

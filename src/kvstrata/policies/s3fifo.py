@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from kvstrata.policies.base import EvictionPolicy
+from kvstrata.policies.order import unoffered
 
 _SMALL_SHARE = 0.1
 _MAX_USES = 3
@@ -22,8 +23,7 @@ class S3FIFOPolicy(EvictionPolicy):
     a ghost that comes back enters the main queue at once.
 
     Victims are wanted when the tier is full, so the bytes held stand for the tier's capacity. Ghosts stand
-    for as many bytes as the main queue may hold. A victim that the caller passes over goes to the end of
-    its queue, as a used one would.
+    for as many bytes as the main queue may hold. A victim that the caller passes over keeps its place.
     """
 
     def __init__(self) -> None:
@@ -63,50 +63,42 @@ class S3FIFOPolicy(EvictionPolicy):
 
     def victims(self) -> Iterator[bytes]:
         offered: set[bytes] = set()
-        small_left = main_left = True
-        while small_left or main_left:
+        small, main = unoffered(self._small, offered), unoffered(self._main, offered)
+        while True:
             held_bytes = self._small_bytes + self._main_bytes
-            small_is_due = self._small_bytes >= _SMALL_SHARE * held_bytes
-            if small_left and (small_is_due or not main_left):
-                num_main = len(self._main)
-                key = self._next_small(offered)
-                small_left = key is not None
-                main_left = main_left or len(self._main) > num_main
+            if self._small_bytes >= _SMALL_SHARE * held_bytes:
+                key = self._next_small(small) or self._next_main(main)
             else:
-                key = self._next_main(offered)
-                main_left = key is not None
-            if key is not None:
-                offered.add(key)
-                yield key
+                key = self._next_main(main) or self._next_small(small)
+            if key is None:
+                # What was promoted after its walk had ended is still to come.
+                main = unoffered(self._main, offered)
+                key = self._next_main(main)
+            if key is None:
+                return
+            offered.add(key)
+            yield key
 
-    def _next_small(self, offered: set[bytes]) -> bytes | None:
-        """The first key of the small queue that was not offered; those used enough are promoted first."""
-        for _ in range(len(self._small)):
-            key, value = next(iter(self._small.items()))
-            if key in offered:
-                self._small.move_to_end(key)
-            elif value & _MAX_USES >= _USES_TO_STAY:
-                size = value >> _SIZE_SHIFT
-                del self._small[key]
-                self._small_bytes -= size
-                self._main[key] = size << _SIZE_SHIFT
-                self._main_bytes += size
-            else:
+    def _next_small(self, keys: Iterator[bytes]) -> bytes | None:
+        """The first of ``keys`` of the small queue that was used too little; the others are promoted."""
+        for key in keys:
+            value = self._small[key]
+            if value & _MAX_USES < _USES_TO_STAY:
                 return key
+            size = value >> _SIZE_SHIFT
+            del self._small[key]
+            self._small_bytes -= size
+            self._main[key] = size << _SIZE_SHIFT
+            self._main_bytes += size
         return None
 
-    def _next_main(self, offered: set[bytes]) -> bytes | None:
-        """The first unused key of the main queue that was not offered; used ones go round once per use."""
-        passed = 0
-        while passed < len(self._main):
-            key, value = next(iter(self._main.items()))
-            if key in offered:
-                passed += 1
-            elif value & _MAX_USES == 0:
+    def _next_main(self, keys: Iterator[bytes]) -> bytes | None:
+        """The first of ``keys`` of the main queue that is unused; used ones go round once per use."""
+        for key in keys:
+            value = self._main[key]
+            if value & _MAX_USES == 0:
                 return key
-            else:
-                passed = 0
-                self._main[key] = value - 1
+            self._main[key] = value - 1
             self._main.move_to_end(key)
         return None
 
