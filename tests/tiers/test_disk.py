@@ -91,10 +91,10 @@ class TestDiskTier(TierContract):
             yield tier
 
 
-class TestDiskTierWithFsync(TierContract):
+class TestSharedDiskTierWithFsync(TierContract):
     @pytest.fixture
     def tier(self, tmp_path: Path) -> Iterator[Tier]:
-        with contextlib.closing(open_tier(tmp_path / "kv", fsync=True)) as tier:
+        with contextlib.closing(open_tier(tmp_path / "kv", fsync=True, shared=True)) as tier:
             yield tier
 
     test_large_batches = None  # 1,500 waits for the device
@@ -207,8 +207,8 @@ def test_a_truncated_file_reads_as_a_short_count(tmp_path: Path, keys: list[str]
 
 def test_two_processes_share_a_directory(tmp_path: Path, keys: list[str]) -> None:
     with (
-        contextlib.closing(open_tier(tmp_path)) as one,
-        contextlib.closing(open_tier(tmp_path)) as other,
+        contextlib.closing(open_tier(tmp_path, shared=True)) as one,
+        contextlib.closing(open_tier(tmp_path, shared=True)) as other,
     ):
         one.write(keys[:2], [make_frame(1000, at) for at in range(2)])
         assert other.contains(keys[:3]) == [True, True, False]
@@ -219,6 +219,15 @@ def test_two_processes_share_a_directory(tmp_path: Path, keys: list[str]) -> Non
         assert read_frames(one, keys[:1]) == [Miss(MissReason.EVICTED)]
         assert read_frames(one, keys[:1]) == [Miss(MissReason.ABSENT)]
         assert one.stats().entries == 1
+
+
+def test_a_deleted_file_is_a_miss_and_then_known_to_be_gone(tmp_path: Path, keys: list[str]) -> None:
+    with contextlib.closing(open_tier(tmp_path)) as tier:
+        tier.write(keys[:2], [make_frame(1000)] * 2)
+        (tmp_path / key_path(keys[0])).unlink()
+        assert read_frames(tier, keys[:1]) == [Miss(MissReason.EVICTED)]
+        assert tier.contains(keys[:2]) == [False, True]
+        assert tier.stats().used_bytes == 1000
 
 
 def test_a_directory_deleted_below_the_tier_is_made_again(tmp_path: Path, keys: list[str]) -> None:

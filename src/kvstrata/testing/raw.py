@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -23,6 +24,17 @@ class RawRates(msgspec.Struct, frozen=True):
     read: tuple[float, ...]
 
 
+class RawTransport(Protocol):
+    """Frames by number."""
+
+    def write(self, number: int, frame: memoryview) -> None: ...
+
+    def read(self, number: int, frame: memoryview) -> None: ...
+
+    def close(self, num_frames: int) -> None:
+        """Remove frames 0 to ``num_frames`` - 1 and disconnect."""
+
+
 def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int = 5) -> RawRates:
     """Write and read ``num_frames`` frames of ``frame_bytes`` per round, after one round of warm-up.
 
@@ -33,13 +45,7 @@ def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int
         ValueError: another kind of URL.
         OSError: the transport failed.
     """
-    scheme = urlsplit(url).scheme
-    if scheme == "file":
-        transport: RawRedis | RawFiles = RawFiles(Path(unquote(urlsplit(url).path)))
-    elif scheme in ("redis", "unix"):
-        transport = RawRedis(url)
-    else:
-        raise ValueError(f"no raw loop for {scheme}://")
+    transport = open_raw(url)
     frames = [memoryview(bytearray(os.urandom(frame_bytes))) for _ in range(num_frames)]
     writes, reads = [], []
     try:
@@ -49,6 +55,16 @@ def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int
     finally:
         transport.close(num_frames)
     return RawRates(tuple(writes[1:]), tuple(reads[1:]))
+
+
+def open_raw(url: str) -> RawTransport:
+    """The transport behind a URL of :func:`raw_loop`, to compare with round by round on a busy machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return RawFiles(Path(unquote(parts.path)))
+    if parts.scheme in ("redis", "unix"):
+        return RawRedis(url)
+    raise ValueError(f"no raw loop for {parts.scheme}://")
 
 
 def _rate(move: Callable[[int, memoryview], None], frames: list[memoryview]) -> float:
