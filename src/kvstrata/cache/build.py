@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import uuid
 
-import msgspec
-
 from kvstrata import plugins
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.cache import Cache
@@ -14,28 +12,14 @@ from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Index
 from kvstrata.cache.io import TierIO
 from kvstrata.codecs.base import Codec
-from kvstrata.config import Settings, TierConfig, tier_configs
-from kvstrata.errors import ConfigError, TierError
+from kvstrata.config import Settings, tier_configs
+from kvstrata.errors import ConfigError
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.memory.region import SharedRegion
 from kvstrata.metrics import Metrics
-from kvstrata.tiers.base import Tier
+from kvstrata.tiers.open import open_tier
 
 logger = logging.getLogger(__name__)
-
-
-def open_tier(config: TierConfig) -> Tier:
-    """The tier that a configuration names.
-
-    Raises:
-        ConfigError: its options are wrong, or its place (a directory, say) cannot be used.
-    """
-    tier_class = plugins.load("tiers", config.kind)
-    try:
-        tier: Tier = tier_class(msgspec.convert(config.options, tier_class.Options))
-    except (msgspec.ValidationError, TierError, OSError) as error:
-        raise ConfigError(f"tier {config.name!r} cannot be opened: {error}") from error
-    return tier
 
 
 def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> Cache:
@@ -56,7 +40,7 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
                 codecs[config.codec],
                 codecs,
                 metrics,
-                num_workers=settings.num_workers,
+                num_workers=int(config.options["num_workers"]),
                 write_queue_bytes=min(settings.write_queue_bytes, region.size_bytes // 2),
                 stores=config.write_policy != "none",
                 breaker=Breaker(settings.breaker_failures),

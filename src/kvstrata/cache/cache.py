@@ -277,7 +277,9 @@ class Cache:
 
     # Store
 
-    def reserve(self, owner: str, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> list[Slot | None]:
+    def reserve(
+        self, owner: str, namespace: Namespace, shard: int, pieces: Sequence[Piece]
+    ) -> list[Slot | None]:
         """Slots for the pieces that are not held; None for those that are, or for which there is no room."""
         slots: list[Slot | None] = []
         jobs: list[Job] = []

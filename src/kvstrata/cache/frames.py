@@ -110,7 +110,9 @@ def _decode(transfer: Transfer, header: FrameHeader, encoded: memoryview, codecs
         if len(encoded) != len(transfer.payload):
             raise FrameError(MissReason.CORRUPT, f"payload of {len(encoded)} bytes")
         return
-    codec.decode(memoryview(bytes(encoded)) if in_place else encoded, header.codec_parameters, transfer.payload)
+    codec.decode(
+        memoryview(bytes(encoded)) if in_place else encoded, header.codec_parameters, transfer.payload
+    )
 
 
 def _check(header: FrameHeader, expected: FrameHeader, frame_bytes: int) -> None:

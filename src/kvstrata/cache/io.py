@@ -254,7 +254,9 @@ class TierIO:
             self._opened(f"{operation}: {error}")
 
     def _opened(self, reason: str) -> None:
-        logger.warning("tier %s (%s) is down, going on without it: %s", self.name, self.tier.describe(), reason)
+        logger.warning(
+            "tier %s (%s) is down, going on without it: %s", self.name, self.tier.describe(), reason
+        )
         self._metrics.breaker_changed(self.name, is_open=True)
         threading.Thread(target=self._probe, name=f"kvstrata-{self.name}-probe", daemon=True).start()
 

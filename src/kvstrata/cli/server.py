@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
 from kvstrata.cli.output import ConfigFile
-from kvstrata.config import ALIASES, DEFAULT, SETTINGS, load_settings, tier_configs
+from kvstrata.config import ALIASES, DEFAULT, SETTINGS, Settings, load_settings, tier_configs
 from kvstrata.logs import configure_logging
 
 EXAMPLE = "Example: kvstrata server --l1-size-gb 20 --eviction-policy LRU --chunk-size 256"
@@ -85,16 +86,18 @@ def server(
     configure_logging(settings.log_level)
     for notice in resolved.notices:
         log.warning("%s", notice)
-    if as_json:
-        about = {
-            "pid": os.getpid(),
-            "url": f"tcp://{settings.host}:{settings.port}",
-            "http": f"http://{settings.http_host}:{settings.http_port}",
-            "tiers": ["l1", *(tier.name for tier in tier_configs(settings))],
-        }
-        # One line, at once: whoever started the server reads it while the server runs.
+    return run(settings, _announce(settings) if as_json else None)
+
+
+def _announce(settings: Settings) -> Callable[[str, str | None], None]:
+    """Prints where the server is, as one line and at once: whoever started it reads that while it runs."""
+
+    def announce(endpoint: str, http_url: str | None) -> None:
+        tiers = ["l1", *(tier.name for tier in tier_configs(settings))]
+        about = {"pid": os.getpid(), "url": endpoint, "http": http_url, "tiers": tiers}
         print(msgspec.json.encode(about).decode(), flush=True)
-    return run(settings)
+
+    return announce
 
 
 def _more(pairs: list[str], given: dict[str, Any]) -> dict[str, str]:

@@ -81,7 +81,9 @@ class Client(ABC):
         """End the lease of ``request_id``. Nobody reads its payloads any more. Does not wait."""
 
     @abstractmethod
-    def payloads(self, request_id: str, shard: int, hit: Hit, namespace: Namespace) -> list[memoryview] | None:
+    def payloads(
+        self, request_id: str, shard: int, hit: Hit, namespace: Namespace
+    ) -> list[memoryview] | None:
         """The payloads of a hit for one shard, in the order of ``hit.pieces``; read-only by agreement.
 
         Mapped memory where the pool can be mapped (valid until ``release``), copies otherwise.

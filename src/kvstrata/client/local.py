@@ -59,7 +59,10 @@ class LocalClient(Client):
     def release(self, request_id: str) -> None:
         self.cache.release(self._owner, request_id)
 
-    def payloads(self, request_id: str, shard: int, hit: Hit, namespace: Namespace) -> list[memoryview] | None:
+    def payloads(
+        self, request_id: str, shard: int, hit: Hit, namespace: Namespace
+    ) -> list[memoryview] | None:
+        del hit, namespace  # the core knows them
         return self.cache.leased_payloads(self._owner, request_id, shard)
 
     def reserve(self, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> Reservation:

@@ -146,7 +146,9 @@ class RemoteClient(Client):
             self._next_attempt_at = 0.0
             return None
         elif isinstance(answer[0], m.Refused):
-            logger.error("%s refused %s: %s", self._channel.endpoint, type(message).__name__, answer[0].reason)
+            logger.error(
+                "%s refused %s: %s", self._channel.endpoint, type(message).__name__, answer[0].reason
+            )
             return None
         return answer
 
@@ -180,7 +182,9 @@ class RemoteClient(Client):
     def release(self, request_id: str) -> None:
         self._tell(m.Release(request_id))
 
-    def payloads(self, request_id: str, shard: int, hit: Hit, namespace: Namespace) -> list[memoryview] | None:
+    def payloads(
+        self, request_id: str, shard: int, hit: Hit, namespace: Namespace
+    ) -> list[memoryview] | None:
         sizes = [namespace.layout.payload_bytes(piece.num_tokens) for piece in hit.pieces]
         pool = self.mapped_pool(hit.pool_id)
         if pool is None and self.connected:  # the server may be new to us

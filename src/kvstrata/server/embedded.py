@@ -27,27 +27,31 @@ logger = logging.getLogger(__name__)
 def main(directory: Path, parent_pid: int) -> int:
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     configure_logging(settings.log_level)
-    # Ctrl-C reaches the whole process group; the engine decides when this server ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        server = Server(
-            settings,
-            endpoint=f"ipc://{directory}/control.sock",
-            pool_socket=str(directory / "pool.sock"),
-            announce_chunk_size=False,
-            watch_pid=parent_pid,
-        )
+        _serve(settings, directory, parent_pid)
     except KVStrataError as error:
         logger.error("the embedded server cannot start, there will be no cache: %s", error)
         return 1
+    return 0
+
+
+def _serve(settings: Settings, directory: Path, parent_pid: int) -> None:
+    server = Server(
+        settings,
+        endpoint=f"ipc://{directory}/control.sock",
+        pool_socket=str(directory / "pool.sock"),
+        announce_chunk_size=False,
+        watch_pid=parent_pid,
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(server))
         stack.enter_context(stopped_by_signals(server))
+        # Ctrl-C reaches the whole process group; the engine decides when this server ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if settings.http_port is not None:
             stack.enter_context(http_api(server, settings.http_host, settings.http_port))
         server.serve()
-    return 0
 
 
 if __name__ == "__main__":

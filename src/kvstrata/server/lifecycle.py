@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from kvstrata.config import Settings
@@ -21,7 +21,7 @@ DEFAULT_HTTP_PORT = 8080
 def stopped_by_signals(server: Server) -> Iterator[None]:
     """SIGINT and SIGTERM end ``server``; the handlers that were there come back afterwards."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         server.stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -32,8 +32,12 @@ def stopped_by_signals(server: Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, on_ready: Callable[[str, str | None], None] | None = None) -> int:
     """Serve until SIGINT or SIGTERM: ``kvstrata server``. Returns the exit status.
+
+    Args:
+        settings: the whole tree.
+        on_ready: called once, with the endpoint for clients and the address of the HTTP API if there is one.
 
     Raises:
         ConfigError, PoolError: it cannot start as configured.
@@ -42,24 +46,30 @@ def run(settings: Settings) -> int:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     server = Server(settings, endpoint=f"tcp://{host}:{settings.port or '*'}", pool_socket=str(pool_socket))
     http_port = DEFAULT_HTTP_PORT if settings.http_port is None else settings.http_port
-    with contextlib.closing(server), stopped_by_signals(server), http_api(server, settings.http_host, http_port):
+    with (
+        contextlib.closing(server),
+        stopped_by_signals(server),
+        http_api(server, settings.http_host, http_port) as http_url,
+    ):
+        if on_ready is not None:
+            on_ready(server.endpoint, http_url)
         server.serve()
         logger.info("stopping; queued writes are completed first")
     return 0
 
 
 @contextlib.contextmanager
-def http_api(server: Server, host: str, port: int) -> Iterator[None]:
+def http_api(server: Server, host: str, port: int) -> Iterator[str | None]:
     """The HTTP API next to the server, unless its extra is not installed."""
     try:
         from kvstrata.http.serve import HttpServer  # noqa: PLC0415  the extra "http" may be missing
     except ImportError as error:
         logger.warning("no HTTP API: %s; install it with: pip install 'kvstrata[http]'", error)
-        yield
+        yield None
         return
     http = HttpServer(server, host, port)
     http.start()
     try:
-        yield
+        yield f"http://{http.host}:{http.port}"
     finally:
         http.stop()

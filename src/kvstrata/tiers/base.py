@@ -81,5 +81,5 @@ class Tier(ABC):
         """Where the data is, for logs and messages, without secrets."""
         return self.kind
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most tiers have something to release, not all
         """Release connections and files. No other call follows. Idempotent."""
