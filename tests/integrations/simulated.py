@@ -116,20 +116,29 @@ class Engine:
     ) -> None:
         self.block_size = block_size
         self.overlap = overlap
-        self.config = self._vllm_config(
-            folder,
-            block_size,
-            max_num_batched_tokens,
-            max_num_seqs,
-            prefix_caching,
-            overlap,
-            KVTransferConfig(
-                kv_connector="KVStrataConnector",
-                kv_connector_module_path="kvstrata.integrations.vllm",
-                kv_role=kv_role,
-                kv_connector_extra_config=extra_config or {},
-            ),
+        transfer = KVTransferConfig(
+            kv_connector="KVStrataConnector",
+            kv_connector_module_path="kvstrata.integrations.vllm",
+            kv_role=kv_role,
+            kv_connector_extra_config=extra_config or {},
         )
+        scheduler = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=4096,
+            enable_chunked_prefill=True,
+            is_encoder_decoder=False,
+        )
+        self.config = VllmConfig(
+            model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", seed=0),
+            scheduler_config=scheduler,
+            cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=prefix_caching),
+            device_config=DeviceConfig("cpu"),
+            kv_transfer_config=transfer,
+        )
+        self.config.cache_config.block_size = block_size
+        # The CPU platform turns it off; the scheduler itself runs with it on any device.
+        self.config.scheduler_config.async_scheduling = overlap
         self.config.cache_config.num_gpu_blocks = num_blocks
         names = [f"model.layers.{layer}.self_attn.attn" for layer in range(NUM_LAYERS)]
         spec = FullAttentionSpec(
@@ -137,7 +146,9 @@ class Engine:
         )
         self.kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(names, spec)])
         self.config.compilation_config.static_forward_context.update(dict.fromkeys(names, _Layer))
-        self.kv = {name: torch.zeros(num_blocks, 1, block_size, VALUE_BYTES, dtype=torch.uint8) for name in names}
+        self.kv = {
+            name: torch.zeros(num_blocks, 1, block_size, VALUE_BYTES, dtype=torch.uint8) for name in names
+        }
         self.pages = [tensor.view(num_blocks, block_size, VALUE_BYTES).numpy() for tensor in self.kv.values()]
         with set_current_vllm_config(self.config):
             self.worker = KVStrataConnector(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
@@ -161,28 +172,6 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.num_computed = 0
         """Tokens that the model computed."""
-
-    @staticmethod
-    def _vllm_config(folder, block_size, max_tokens, max_seqs, prefix_caching, overlap, transfer):
-        model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", seed=0)
-        scheduler = SchedulerConfig(
-            max_num_seqs=max_seqs,
-            max_num_batched_tokens=max_tokens,
-            max_model_len=4096,
-            enable_chunked_prefill=True,
-            is_encoder_decoder=False,
-        )
-        config = VllmConfig(
-            model_config=model,
-            scheduler_config=scheduler,
-            cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=prefix_caching),
-            device_config=DeviceConfig("cpu"),
-            kv_transfer_config=transfer,
-        )
-        config.cache_config.block_size = block_size
-        # The CPU platform turns it off; the scheduler itself runs with it on any device.
-        config.scheduler_config.async_scheduling = overlap
-        return config
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int = 1, **arguments) -> Request:
         """Send a request. ``arguments``: ``cache_salt``, ``lora_request``, ``params`` (kv_transfer_params)."""
@@ -277,7 +266,9 @@ class Engine:
             for position in range(start, start + count):
                 before = b""
                 if position:
-                    before = pages[table[(position - 1) // self.block_size], (position - 1) % self.block_size].tobytes()
+                    before = pages[
+                        table[(position - 1) // self.block_size], (position - 1) % self.block_size
+                    ].tobytes()
                 value = token_value(before, tokens[position], layer)
                 pages[table[position // self.block_size], position % self.block_size] = list(value)
         if start + count < len(tokens):
