@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -128,6 +129,11 @@ def _commit(directory: Path) -> str | None:
         return None
     head = ask("rev-parse", "HEAD")
     return f"{head}-dirty" if head and ask("status", "--porcelain", "--", ":/src") else head
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, as a float."""
+    return float(statistics.median(values))
 
 
 def cell(value: str | float | None) -> str:

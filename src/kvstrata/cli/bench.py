@@ -1,0 +1,126 @@
+"""``kvstrata bench``: what the cache costs and brings on this machine. The measuring is in ``kvstrata.bench``.
+
+A benchmark is imported when it is called for: their dependencies take a while, and no other command needs them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+
+from kvstrata.bench.report import Report, cell, summary
+from kvstrata.cli.output import print_json, print_table
+
+app = typer.Typer(
+    help="Measure on this machine what the cache costs and brings. Ratios of one run can be compared, absolute "
+    "figures only on an idle machine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog="Example: kvstrata bench copy --json copy.json",
+)
+
+T = TypeVar("T")
+_FAULT = 1
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE|-", help="Write all figures as JSON to a file, or print them."),
+]
+Runs = Annotated[int | None, typer.Option("--runs", min=1, help="Runs after the warm-up.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when a target is missed.")]
+
+
+@app.command("lookup", epilog="Example: kvstrata bench lookup --chunks 100000 --transport tcp")
+def lookup(
+    *,
+    chunks: Annotated[int, typer.Option(min=10_000, help="Size of the index in the end.")] = 1_000_000,
+    prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of a looked-up prompt.")] = 32_000,
+    transport: Annotated[
+        list[str] | None, typer.Option(metavar="ipc|tcp", help="May be given twice. Default: both.")
+    ] = None,
+    runs: Runs = None,
+    as_json: Json = None,
+    strict: Strict = False,
+) -> int:
+    """Time look-ups through the socket, and weigh the index, against the index's size.
+
+    Starts a server of its own, whose pool takes 4 KiB of memory per chunk.
+    """
+    from kvstrata.bench.lookup import LookupConfig, run  # noqa: PLC0415
+
+    config = _config(
+        LookupConfig, chunks=chunks, prompt_tokens=prompt_tokens, transports=transport, runs=runs
+    )
+    return _show(run(config, _progress), as_json, strict=strict)
+
+
+@app.command("copy", epilog="Example: kvstrata bench copy --runs 30 --json -")
+def copy(runs: Runs = None, as_json: Json = None, strict: Strict = False) -> int:
+    """Time copies between pages and slots against one memcpy of the same bytes. Needs torch."""
+    from kvstrata.bench.copy import CopyConfig, run  # noqa: PLC0415
+
+    config = _config(CopyConfig, runs=runs)
+    return _show(run(config, _progress), as_json, strict=strict)
+
+
+@app.command("tier", epilog="Example: kvstrata bench tier redis://127.0.0.1:6379")
+def tier(
+    url: Annotated[str, typer.Argument(metavar="URL", help="redis://HOST:PORT, file:///DIR ...")],
+    *,
+    frame_bytes: Annotated[int | None, typer.Option(min=4096, help="Bytes of one frame.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of one round.")] = None,
+    runs: Runs = None,
+    as_json: Json = None,
+    strict: Strict = False,
+) -> int:
+    """Time a tier's read, write and contains against a raw loop of the same transport.
+
+    Writes some entries there and deletes them again.
+    """
+    from kvstrata.bench.tier import TierBenchConfig, run  # noqa: PLC0415
+
+    config = _config(TierBenchConfig, url=url, frame_bytes=frame_bytes, num_frames=num_frames, runs=runs)
+    return _show(run(config, _progress), as_json, strict=strict)
+
+
+def _config(kind: type[T], **options: object) -> T:
+    """A configuration of what was given; the rest at its defaults."""
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _progress(text: str) -> None:
+    print(f"kvstrata bench: {text}", file=sys.stderr)
+
+
+def _show(report: Report, as_json: str | None, *, strict: bool) -> int:
+    """Print the report, and write it as JSON where that was asked for. Returns the exit status."""
+    if as_json == "-":
+        print_json(report)
+    else:
+        _print(report)
+        if as_json is not None:
+            Path(as_json).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    return _FAULT if strict and report.missed else 0
+
+
+def _print(report: Report) -> None:
+    machine = report.environment
+    print(
+        f"{report.benchmark}: {machine.cpu_model}, {machine.cores} cores, {machine.memory_bytes / 2**30:.0f} GiB, "
+        f"load {machine.load_average:g}, kvstrata {machine.kvstrata} {machine.commit or ''}".rstrip()
+    )
+    print(report.method, end="\n\n")
+    print_table(report.columns, [[cell(value) for value in row] for row in report.rows])
+    if report.ratios:
+        print()
+        print_table(("ratio", "value", "target", ""), summary(report))
+    for note in report.notes:
+        print(f"note: {note}")
