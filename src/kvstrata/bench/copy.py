@@ -1,8 +1,8 @@
 """``copy``: pages <-> slots, against one memcpy of the same bytes in the same run.
 
 KV tensors as vLLM has them on a CPU: one tensor, per layer a part of it, blocks of 128 tokens, pages of 98,304
-bytes with the default configuration. The blocks of a prompt lie scattered, as in a cache that has been used for a while,
-and go to slots of two blocks (a chunk of 256 tokens) in a shared pool, as in a server's.
+bytes with the default configuration. The blocks of a prompt lie scattered, as in a cache that has been used for
+a while, and go to slots of two blocks (a chunk of 256 tokens) in a shared pool, as in a server's.
 """
 
 from __future__ import annotations

@@ -443,13 +443,15 @@ class Cache:
     def _is_clearing(self, tier: int, namespace: Namespace) -> bool:
         return any(scope is None or scope is namespace for scope in self._clearing[tier])
 
-    def clear(self, namespace: Namespace | None = None) -> int:
-        """Drop a namespace, or everything, from L1 now and from the tiers in the background."""
+    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
+        """Drop a namespace, or everything, from L1 now; from the tiers too, in the background, unless told not to."""
         jobs: list[Job] = []
         with self._lock:
             entries = self.index.of_namespace(namespace)
             for entry in entries:
                 self.index.drop(entry)
+            if not tiers:
+                return len(entries)
             for lookup in self._lookups.values():
                 if namespace is None or lookup.namespace is namespace:
                     lookup.held_by_tier.clear()

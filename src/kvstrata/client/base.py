@@ -107,8 +107,10 @@ class Client(ABC):
         """Tell the gate how long computing ``num_tokens`` prompt tokens took. Does not wait."""
 
     @abstractmethod
-    def clear(self, namespace: Namespace | None = None) -> int:
+    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
         """Drop everything of a namespace, or all, from L1 now and from the tiers in the background.
+
+        With ``tiers`` false only L1 is emptied; what the tiers hold stays, and is read again when asked for.
 
         Returns the number of L1 entries dropped. Until a tier is cleared it answers no look-up.
         """

@@ -82,8 +82,8 @@ class LocalClient(Client):
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         self.cache.report_prefill(self.cache.intern(namespace), num_tokens, seconds)
 
-    def clear(self, namespace: Namespace | None = None) -> int:
-        return self.cache.clear(None if namespace is None else self.cache.intern(namespace))
+    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
+        return self.cache.clear(None if namespace is None else self.cache.intern(namespace), tiers=tiers)
 
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
         return self.cache.keys(prefix, limit)

@@ -241,13 +241,13 @@ class RemoteClient(Client):
         if namespace.fingerprint in self._registered:
             self._tell(m.ReportPrefill(namespace.fingerprint, num_tokens, seconds))
 
-    def clear(self, namespace: Namespace | None = None) -> int:
+    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
         fingerprint = None
         if namespace is not None:
             fingerprint = self._register(namespace)
             if fingerprint is None:
                 return 0
-        match self._ask(m.Clear(fingerprint)):
+        match self._ask(m.Clear(fingerprint, tiers)):
             case (m.Cleared(entries=entries), _):
                 return entries
             case _:

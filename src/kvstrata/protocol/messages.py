@@ -82,6 +82,9 @@ class ReportPrefill(Message, frozen=True):
 
 class Clear(Message, frozen=True):
     namespace: bytes | None = None
+    """None: everything."""
+    tiers: bool = True
+    """Whether the tiers are emptied too, not only L1."""
 
 
 class ListKeys(Message, frozen=True):

@@ -34,8 +34,8 @@ class Dispatcher:
                 return m.Stats(self._cache.stats() | {"sessions": len(self._sessions)}), ()
             case m.ListKeys(prefix=prefix, limit=limit):
                 return m.Keys(tuple(self._cache.keys(prefix, limit))), ()
-            case m.Clear(namespace=None):
-                return m.Cleared(self._cache.clear()), ()
+            case m.Clear(namespace=None, tiers=tiers):
+                return m.Cleared(self._cache.clear(tiers=tiers)), ()
             case m.Goodbye():
                 self._sessions.goodbye(identity)
                 return None, ()
@@ -102,8 +102,8 @@ class Dispatcher:
             case m.ReportPrefill(num_tokens=num_tokens, seconds=seconds):
                 cache.report_prefill(namespace, num_tokens, seconds)
                 return None, ()
-            case m.Clear():
-                return m.Cleared(cache.clear(namespace)), ()
+            case m.Clear(tiers=tiers):
+                return m.Cleared(cache.clear(namespace, tiers=tiers)), ()
             case _:
                 assert_never(request)
 
