@@ -6,6 +6,7 @@ after the lock is released, on the threads of ``cache.io``. No method waits for 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -245,7 +246,8 @@ class Cache:
         for tier, pairs in transfers.items():
             entries = {transfer.key: entry for transfer, entry in pairs}
             done = partial(self._loaded, lookup, tier, entries)
-            jobs.append(partial(self.tiers[tier].read, [transfer for transfer, _ in pairs], done))
+            measured = partial(self._measured, tier)
+            jobs.append(partial(self.tiers[tier].read, [transfer for transfer, _ in pairs], done, measured))
         return jobs
 
     def _loaded(
@@ -255,16 +257,12 @@ class Cache:
         entries: dict[str, Entry],
         transfers: Sequence[Transfer],
         outcome: Sequence[Miss | None],
-        seconds: float,
     ) -> None:
         """A batch was read; on a read thread of the tier."""
-        now = self._clock()
         with self._lock:
-            good_bytes = 0
             for transfer, miss in zip(transfers, outcome, strict=True):
                 entry = entries[transfer.key]
                 if miss is None:
-                    good_bytes += len(transfer.payload)
                     entry.tiers |= 1 << tier
                     if entry.state is State.LOADING:
                         entry.state = State.READY
@@ -273,7 +271,11 @@ class Cache:
                     if entry.state is State.LOADING:
                         self.index.drop(entry)
                 self.index.unlease(entry)
-            self.gate.read(self.tiers[tier].name, good_bytes, seconds, now)
+
+    def _measured(self, tier: int, num_bytes: int, seconds: float) -> None:
+        """A read from a tier has ended."""
+        with self._lock:
+            self.gate.read(self.tiers[tier].name, num_bytes, seconds, self._clock())
 
     # Store
 
@@ -444,7 +446,7 @@ class Cache:
         return any(scope is None or scope is namespace for scope in self._clearing[tier])
 
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
-        """Drop a namespace, or everything, from L1 now; from the tiers too, in the background, unless told not to."""
+        """Drop a namespace, or everything, from L1 now, and from the tiers in the background if they are meant."""
         jobs: list[Job] = []
         with self._lock:
             entries = self.index.of_namespace(namespace)
@@ -469,16 +471,10 @@ class Cache:
 
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
         """Readable keys of L1 that begin with ``prefix``, at most ``limit``."""
-        keys: list[str] = []
         with self._lock:
-            for entry in self.index.entries.values():
-                if entry.state is State.READY:
-                    key = entry.namespace.key(entry.chunk_hash, entry.shard)
-                    if key.startswith(prefix):
-                        keys.append(key)
-                        if len(keys) == limit:
-                            break
-        return keys
+            entries = list(self.index.entries.values())
+        keys = (e.namespace.key(e.chunk_hash, e.shard) for e in entries if e.state is State.READY)
+        return list(itertools.islice((key for key in keys if key.startswith(prefix)), limit))
 
     def l1_stats(self) -> dict[str, int]:
         """Sizes and counts of L1 as of now."""

@@ -7,42 +7,25 @@ The first request of a server takes about 4 s however short it is: send one befo
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from kvstrata.testing.process import ServerFailed, ServerProcess, free_port
+from kvstrata.testing.vllm_client import Completion, VLLMClient
+
+__all__ = ["MAX_MODEL_TOKENS", "Completion", "VLLMServer"]
 
 MAX_MODEL_TOKENS = 4096
 START_TIMEOUT_SECONDS = 300.0
 
 
-class Completion(msgspec.Struct, frozen=True):
-    """One greedy answer and how long it took."""
-
-    token_ids: tuple[int, ...]
-    top_logprobs: tuple[dict[int, float], ...]
-    """For each token the candidates with their logprobs, best first (five, plus the token if it is none)."""
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    cached_tokens: int | None
-    """Prompt tokens that vLLM did not compute (its own prefix cache and the connector's)."""
-    ttft_seconds: float
-    """From sending the request to the first token."""
-    total_seconds: float
-
-
-class VLLMServer:
+class VLLMServer(VLLMClient):
     """``python -m vllm.entrypoints.openai.api_server`` on a free port of 127.0.0.1, with all its processes.
 
     A context manager; ``start`` and ``stop`` do the same by hand, any number of times. ``complete`` may be
@@ -72,9 +55,9 @@ class VLLMServer:
         start_timeout_seconds: float = START_TIMEOUT_SECONDS,
         progress: Callable[[float], None] | None = None,
     ) -> None:
+        super().__init__("127.0.0.1", 0, model.name)
         self.model = model
         self.log_path = log_path
-        self.port = 0
         self._connector = connector
         self._prefix_caching = prefix_caching
         self._args = list(args)
@@ -96,7 +79,7 @@ class VLLMServer:
 
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(self.model), "--served-model-name", self.model.name]
+        command += ["--model", str(self.model), "--served-model-name", self.model_name]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += [
             "--enforce-eager",
@@ -185,138 +168,6 @@ class VLLMServer:
     def worker_pids(self) -> list[int]:
         """The processes that run the model."""
         return [pid for pid in self.process.processes() if _title(pid).startswith("VLLM::Worker")]
-
-    @property
-    def url(self) -> str:
-        """The base of its HTTP API."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def healthy(self) -> bool:
-        """Whether it answers."""
-        try:
-            return self.request("GET", "/health", timeout_seconds=5.0)[0] == 200
-        except OSError:
-            return False
-
-    def request(
-        self, method: str, path: str, body: object = None, *, timeout_seconds: float = 60.0
-    ) -> tuple[int, bytes]:
-        """One HTTP request; returns status and body.
-
-        Raises:
-            OSError: it cannot be reached or does not answer in time.
-        """
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_seconds)
-        try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return response.status, response.read()
-        except http.client.HTTPException as error:
-            raise OSError(f"vLLM broke the connection: {error!r}") from error
-        finally:
-            connection.close()
-
-    def reset_prefix_cache(self) -> None:
-        """Empty vLLM's own prefix cache; no request may be running."""
-        status, body = self.request("POST", "/reset_prefix_cache")
-        if status != 200:
-            raise ServerFailed(f"POST /reset_prefix_cache answered {status}: {body.decode(errors='replace')}")
-
-    def metrics(self) -> str:
-        """The Prometheus text of vLLM itself."""
-        return self.request("GET", "/metrics")[1].decode()
-
-    def complete(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 16,
-        timeout_seconds: float = 300.0,
-        **body: Any,
-    ) -> Completion:
-        """A greedy completion with the five best candidates of every token.
-
-        Args:
-            prompt: text or token ids.
-            body: further fields of the request (``kv_transfer_params``, ``cache_salt`` ...).
-
-        Raises:
-            ServerFailed: it answered with an error.
-            OSError: it cannot be reached or does not answer in time.
-        """
-        fields: dict[str, Any] = {
-            "model": self.model.name,
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "logprobs": 5,
-            "return_tokens_as_token_ids": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **body,
-        }
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_seconds)
-        try:
-            start = time.perf_counter()
-            connection.request(
-                "POST", "/v1/completions", json.dumps(fields), {"Content-Type": "application/json"}
-            )
-            response = connection.getresponse()
-            if response.status != 200:
-                raise ServerFailed(
-                    f"vLLM answered {response.status}: {response.read().decode(errors='replace')}"
-                )
-            return _read_stream(response, start)
-        except http.client.HTTPException as error:
-            raise OSError(f"vLLM broke the connection: {error!r}") from error
-        finally:
-            connection.close()
-
-
-def _read_stream(response: http.client.HTTPResponse, start: float) -> Completion:
-    token_ids: list[int] = []
-    top_logprobs: list[dict[int, float]] = []
-    text: list[str] = []
-    finish_reason = ""
-    usage: dict[str, Any] = {}
-    first = None
-    while line := response.readline():
-        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-            continue
-        event = json.loads(line[6:])
-        if "error" in event:
-            raise ServerFailed(f"vLLM answered with an error: {event['error']}")
-        usage = event.get("usage") or usage
-        for choice in event["choices"]:
-            if first is None:
-                first = time.perf_counter()
-            text.append(choice["text"])
-            finish_reason = choice["finish_reason"] or finish_reason
-            if logprobs := choice["logprobs"]:
-                token_ids += [_token_id(token) for token in logprobs["tokens"]]
-                top_logprobs += [_candidates(position) for position in logprobs["top_logprobs"]]
-    if first is None or not usage:
-        raise ServerFailed("vLLM's answer ended before it was complete")
-    return Completion(
-        token_ids=tuple(token_ids),
-        top_logprobs=tuple(top_logprobs),
-        text="".join(text),
-        finish_reason=finish_reason,
-        prompt_tokens=usage["prompt_tokens"],
-        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        ttft_seconds=first - start,
-        total_seconds=time.perf_counter() - start,
-    )
-
-
-def _token_id(text: str) -> int:
-    return int(text.removeprefix("token_id:"))
-
-
-def _candidates(position: Mapping[str, float]) -> dict[int, float]:
-    ordered = sorted(position.items(), key=lambda item: -item[1])
-    return {_token_id(token): logprob for token, logprob in ordered}
 
 
 def _cores() -> str:
