@@ -1,32 +1,40 @@
 """The gate: load or recompute. Nothing is loaded that is measured to load slower than it is recomputed.
 
-Estimates are exponentially weighted means of what was seen: seconds per byte of a tier's reads (queueing and
-decoding included) and seconds per token of the engine's prefill. Without a measurement of both, load: that is
-how a measurement comes about. An estimate that says "recompute" is forgotten after ``RETRY_SECONDS``, so that a
-tier which became fast again is seen.
+Estimates come from what was seen: seconds per byte of a tier's reads (queueing and decoding included) and seconds
+per token of the engine's prefill. Without a measurement of both, load: that is how a measurement comes about. An
+estimate that says "recompute" is forgotten after ``RETRY_SECONDS``, so that a tier which became fast again is seen.
 """
 
 from __future__ import annotations
 
-_WEIGHT = 0.3
+_KEPT = 0.7
 RETRY_SECONDS = 60.0
 
 
 class Rate:
-    """Seconds per unit, as an exponentially weighted mean. ``value`` is None before the first measurement."""
+    """Seconds per unit: decaying sums, so that large measurements count for more than small ones."""
 
-    __slots__ = ("measured_at", "value")
+    __slots__ = ("_seconds", "_units", "measured_at")
 
     def __init__(self) -> None:
-        self.value: float | None = None
+        self._units = 0.0
+        self._seconds = 0.0
         self.measured_at = 0.0
+
+    @property
+    def value(self) -> float | None:
+        """None before the first measurement."""
+        return self._seconds / self._units if self._units else None
 
     def add(self, units: int, seconds: float, now: float) -> None:
         if units <= 0 or seconds <= 0:
             return
-        rate = seconds / units
-        self.value = rate if self.value is None else self.value + _WEIGHT * (rate - self.value)
+        self._units = _KEPT * self._units + units
+        self._seconds = _KEPT * self._seconds + seconds
         self.measured_at = now
+
+    def forget(self) -> None:
+        self._units = self._seconds = 0.0
 
 
 class Gate:
@@ -42,7 +50,7 @@ class Gate:
         self._prefill.setdefault(namespace, Rate()).add(num_tokens, seconds, now)
 
     def read(self, tier: str, num_bytes: int, seconds: float, now: float) -> None:
-        """A tier delivered ``num_bytes`` of payload, ``seconds`` after they were asked for."""
+        """A tier delivered ``num_bytes`` of payloads, the last of them ``seconds`` after they were asked for."""
         self._read.setdefault(tier, Rate()).add(num_bytes, seconds, now)
 
     def worth_loading(self, namespace: bytes, tier: str, num_tokens: int, num_bytes: int, now: float) -> bool:
@@ -53,7 +61,7 @@ class Gate:
         if read.value * num_bytes < prefill.value * num_tokens:
             return True
         if now - read.measured_at > RETRY_SECONDS:
-            read.value = None
+            read.forget()
             return True
         return False
 

@@ -22,6 +22,8 @@ from kvstrata.types import MissReason, Namespace, Piece
 
 _MAX_PASSED_OVER = 10_000
 """Victims that one allocation looks at; more means that nearly all of L1 is in use."""
+_MAX_PARENTS_KEPT = 1000
+"""Entries with continuations that keep their place in the order; beyond them it costs too much to pass over."""
 _MAX_GHOSTS = 65_536
 """Evicted keys that are remembered, to tell an evicted miss from an absent one."""
 
@@ -126,8 +128,11 @@ class Index:
         offset = self.allocator.allocate(size_bytes)
         if offset is not None or size_bytes > self.allocator.capacity_bytes:
             return offset
-        for key in itertools.islice(self.policy.victims(), _MAX_PASSED_OVER):
+        victims = itertools.islice(self.policy.victims(), _MAX_PASSED_OVER)
+        for passed, key in enumerate(victims):
             entry = self.entries[key]
+            if entry.num_children and passed < _MAX_PARENTS_KEPT:
+                continue  # its continuations come later in the order, and go first
             if entry.state is not State.READY or entry.leases or entry.num_children:
                 self.policy.touched(key)
                 continue

@@ -31,7 +31,8 @@ BATCH_BYTES = 16 << 20
 T = TypeVar("T")
 _PROBE_KEY = "kvstrata@probe@0@0@0"
 ContainsDone = Callable[[list[bool] | None], None]
-ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None], float], None]
+ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None]], None]
+Measured = Callable[[int, float], None]
 WriteDone = Callable[[bool], None]
 
 
@@ -63,6 +64,26 @@ class Workers:
         deadline = time.monotonic() + timeout_seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class _Reading:
+    """What the batches of one read have brought so far."""
+
+    def __init__(self, num_batches: int, measured: Measured) -> None:
+        self._asked_at = time.monotonic()
+        self._num_left = num_batches
+        self._num_bytes = 0
+        self._measured = measured
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        """A batch has ended; the last one completes the measurement."""
+        with self._lock:
+            self._num_bytes += num_bytes
+            self._num_left -= 1
+            is_last = self._num_left == 0
+        if is_last:
+            self._measured(self._num_bytes, time.monotonic() - self._asked_at)
 
 
 class TierIO:
@@ -126,11 +147,16 @@ class TierIO:
 
     # Reads
 
-    def read(self, transfers: Sequence[Transfer], done: ReadDone) -> None:
-        """Read frames into their slots, in batches; ``done`` is called once per batch."""
-        asked_at = time.monotonic()
-        for batch in self._batches(transfers):
-            self._reads.submit(partial(self._read_batch, batch, asked_at, done))
+    def read(self, transfers: Sequence[Transfer], done: ReadDone, measured: Measured) -> None:
+        """Read frames into their slots, in batches.
+
+        ``done`` is called once per batch, ``measured`` once at the end with the payload bytes that arrived and
+        the seconds that all of it took.
+        """
+        batches = self._batches(transfers)
+        reading = _Reading(len(batches), measured)
+        for batch in batches:
+            self._reads.submit(partial(self._read_batch, batch, reading, done))
 
     def _batches(self, transfers: Sequence[Transfer]) -> list[list[Transfer]]:
         total = sum(len(t.slot) for t in transfers)
@@ -145,7 +171,7 @@ class TierIO:
             size += len(transfer.slot)
         return batches
 
-    def _read_batch(self, batch: Sequence[Transfer], asked_at: float, done: ReadDone) -> None:
+    def _read_batch(self, batch: Sequence[Transfer], reading: _Reading, done: ReadDone) -> None:
         buffers = [read_buffer(transfer, self.codec) for transfer in batch]
         keys = [transfer.key for transfer in batch]
         size = sum(len(t.payload) for t in batch)
@@ -166,7 +192,8 @@ class TierIO:
                 if miss.reason in (MissReason.CORRUPT, MissReason.LAYOUT_MISMATCH):
                     logger.warning("tier %s: entry %s is unusable: %s", self.name, transfer.key, miss.detail)
                     bad.append(transfer.key)
-        done(batch, outcome, time.monotonic() - asked_at)
+        done(batch, outcome)
+        reading.add(sum(len(t.payload) for t, miss in zip(batch, outcome, strict=True) if miss is None))
         if bad:
             self.delete(bad)
 

@@ -65,7 +65,7 @@ class PoolMappings:
             if handle.pool_id != pool_id:
                 handle.connection.close()
                 os.close(handle.fd)
-                raise PoolError(f"the pool at {pool_socket} is not this server's")  # noqa: TRY301
+                raise PoolError(f"the pool at {pool_socket} is not this server's")
             self._mappings.append(PoolMapping(handle, map_pool=self._map_pool))
         except PoolError as error:
             logger.info("%s", error)

@@ -114,7 +114,7 @@ class RemoteClient(Client):
         return True
 
     def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait for the server to be there; for start-up and tools, never on the path of a request."""
+        """Wait for the server to be there: at start-up, in tools, and where the scheduler has just spoken to it."""
         deadline = time.monotonic() + timeout_seconds
         while not self.connected:
             if time.monotonic() >= deadline:
@@ -187,7 +187,7 @@ class RemoteClient(Client):
     ) -> list[memoryview] | None:
         sizes = [namespace.layout.payload_bytes(piece.num_tokens) for piece in hit.pieces]
         pool = self.mapped_pool(hit.pool_id)
-        if pool is None and self.connected:  # the server may be new to us
+        if pool is None and self.wait_connected(self._timeout_seconds):  # the server may be new to us
             pool = self.mapped_pool(hit.pool_id)
         if pool is not None:
             return [pool[o : o + size] for o, size in zip(hit.offsets[shard], sizes, strict=True)]
