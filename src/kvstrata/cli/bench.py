@@ -87,6 +87,56 @@ def tier(
     return _show(run(config, _progress), as_json, strict=strict)
 
 
+@app.command(
+    "ttft", epilog="Example: kvstrata bench ttft --redis-url redis://127.0.0.1:6379 --json ttft.json"
+)
+def ttft(
+    *,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A running vLLM with our connector, VLLM_SERVER_DEV_MODE=1 set."),
+    ] = None,
+    plain_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --url: a running vLLM without connector.")
+    ] = None,
+    cache_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="With --url: its cache server, tcp://HOST:PORT or ipc://PATH."),
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Redis to use. Default: a server of our own.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model and logs.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a prompt.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Different prompts after the warm-up.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Warm requests per prompt and tier.")] = None,
+    as_json: Json = None,
+    strict: Strict = False,
+) -> int:
+    """Time a real vLLM's first token: cold, and warm from L1, Redis and disk, against vLLM without us.
+
+    Starts two vLLMs on the CPU, one without connector. With --url, measures what the given servers allow.
+    """
+    from kvstrata.bench.ttft import TTFTConfig, run  # noqa: PLC0415
+
+    config = _config(
+        TTFTConfig,
+        url=url,
+        plain_url=plain_url,
+        cache_endpoint=cache_endpoint,
+        redis_url=redis_url,
+        model=model,
+        cache_dir=cache_dir,
+        prompt_tokens=prompt_tokens,
+        prompts=prompts,
+        repeats=repeats,
+    )
+    return _show(run(config, _progress), as_json, strict=strict)
+
+
 def _config(kind: type[T], **options: object) -> T:
     """A configuration of what was given; the rest at its defaults."""
     given = {key: value for key, value in options.items() if value is not None}

@@ -30,7 +30,7 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class VLLMClient:
-    """Talks to the server at ``host:port`` that serves ``model_name``. Methods may be called from several threads."""
+    """Talks to the server at ``host:port`` that serves ``model_name``; from any number of threads."""
 
     def __init__(self, host: str, port: int, model_name: str) -> None:
         self.host = host
