@@ -14,13 +14,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of vLLM and torch, while they are imported
     pytest.importorskip("vllm")
     import simulated
-    from vllm.distributed import parallel_state
 
     import kvstrata.integrations.vllm.connector as connector_module
-
-
-class _OneRank:
-    rank_in_group = 0
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +32,6 @@ def client():
 @pytest.fixture
 def make_engine(folder, client, monkeypatch):
     """Engines whose connectors use ``client``."""
-    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: _OneRank)
-    monkeypatch.setattr(parallel_state, "get_pp_group", lambda: _OneRank)
     monkeypatch.setattr(connector_module, "connect", lambda *_, **__: client)
 
     def make(**arguments):

@@ -11,7 +11,10 @@ import hashlib
 import json
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
 import torch
 from vllm.config import (
     CacheConfig,
@@ -22,7 +25,9 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
+from vllm.distributed import parallel_state
 from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.forward_context import set_forward_context
 from vllm.sampling_params import SamplingParams
@@ -30,7 +35,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -43,25 +48,29 @@ NUM_LAYERS = 2
 VALUE_BYTES = 8
 
 
-def token_value(before: bytes, token: int, layer: int) -> bytes:
-    """The KV of one token in one layer."""
-    return hashlib.sha256(before + token.to_bytes(4, "little") + bytes([layer])).digest()[:VALUE_BYTES]
+def token_value(before: bytes, token: int, layer: int, rank: int) -> bytes:
+    """The KV of one token in one layer of one rank."""
+    return hashlib.sha256(before + token.to_bytes(4, "little") + bytes([layer, rank])).digest()[:VALUE_BYTES]
 
 
-def next_token(value: bytes) -> int:
-    """What the model says after a token with that KV in its last layer."""
-    return int.from_bytes(value, "little") % VOCABULARY
+def next_token(values: list[bytes]) -> int:
+    """What the model says after a token with that KV in the last layer of all ranks."""
+    return int.from_bytes(hashlib.sha256(b"".join(values)).digest(), "little") % VOCABULARY
 
 
-def expected_answer(prompt: list[int], num_tokens: int) -> list[int]:
+def expected_answer(prompt: list[int], num_tokens: int, *, num_ranks: int = 1) -> list[int]:
     """The right answer."""
-    value = b""
+    values = [b""] * num_ranks
+
+    def read(token: int) -> None:
+        values[:] = [token_value(value, token, NUM_LAYERS - 1, rank) for rank, value in enumerate(values)]
+
     for token in prompt:
-        value = token_value(value, token, NUM_LAYERS - 1)
+        read(token)
     answer = []
     for _ in range(num_tokens):
-        answer.append(next_token(value))
-        value = token_value(value, answer[-1], NUM_LAYERS - 1)
+        answer.append(next_token(values))
+        read(answer[-1])
     return answer
 
 
@@ -84,14 +93,14 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-class _Layer:
+class Layer:
     """What the connector asks an attention layer."""
 
     isa = "sim"
 
     @staticmethod
     def get_attn_backend():
-        return _Layer
+        return Layer
 
     @staticmethod
     def get_name():
@@ -99,7 +108,7 @@ class _Layer:
 
 
 class Engine:
-    """An engine core with one simulated worker."""
+    """An engine core with simulated workers, one per tensor-parallel rank."""
 
     def __init__(
         self,
@@ -112,6 +121,10 @@ class Engine:
         prefix_caching: bool = True,
         overlap: bool = False,
         kv_role: str = "kv_both",
+        num_ranks: int = 1,
+        mla: bool = False,
+        spec_class: type = FullAttentionSpec,
+        spec_arguments: dict | None = None,
         extra_config: dict | None = None,
     ) -> None:
         self.block_size = block_size
@@ -141,20 +154,27 @@ class Engine:
         self.config.scheduler_config.async_scheduling = overlap
         self.config.cache_config.num_gpu_blocks = num_blocks
         names = [f"model.layers.{layer}.self_attn.attn" for layer in range(NUM_LAYERS)]
-        spec = FullAttentionSpec(
-            block_size=block_size, num_kv_heads=1, head_size=VALUE_BYTES, head_size_v=0, dtype=torch.uint8
+        parallel = self.config.parallel_config
+        parallel.tensor_parallel_size = parallel.world_size = num_ranks
+        spec = (MLAAttentionSpec if mla else spec_class)(
+            block_size=block_size,
+            num_kv_heads=1,
+            head_size=VALUE_BYTES,
+            head_size_v=0,
+            dtype=torch.uint8,
+            **(spec_arguments or {}),
         )
+        self.same_kv = mla
         self.kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(names, spec)])
-        self.config.compilation_config.static_forward_context.update(dict.fromkeys(names, _Layer))
-        self.kv = {
-            name: torch.zeros(num_blocks, 1, block_size, VALUE_BYTES, dtype=torch.uint8) for name in names
-        }
-        self.pages = [tensor.view(num_blocks, block_size, VALUE_BYTES).numpy() for tensor in self.kv.values()]
+        self.config.compilation_config.static_forward_context.update(dict.fromkeys(names, Layer))
+        self.workers: list[KVStrataConnector] = []
+        self.pages: list[list[np.ndarray]] = []
+        """By rank and layer."""
         with set_current_vllm_config(self.config):
-            self.worker = KVStrataConnector(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
-            self.worker.register_kv_caches(self.kv)
-            kind = AsyncScheduler if overlap else Scheduler
-            self.scheduler = kind(
+            for rank in range(num_ranks):
+                self._start_worker(rank, names, num_blocks)
+            scheduler_class = AsyncScheduler if overlap else Scheduler
+            self.scheduler = scheduler_class(
                 vllm_config=self.config,
                 kv_cache_config=self.kv_cache_config,
                 structured_output_manager=StructuredOutputManager(self.config),
@@ -162,9 +182,10 @@ class Engine:
                 log_stats=True,
             )
         self.connector = self.scheduler.connector
-        handshake = self.worker.get_handshake_metadata()
-        if handshake is not None:
-            self.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake})
+        self._aggregator = KVOutputAggregator.from_connector(self.connector, num_ranks)
+        handshakes = {(0, rank): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
+        if None not in handshakes.values():
+            self.connector.set_xfer_handshake_metadata_pp_aware(handshakes)
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(block_size, sha256)
         self._tables: dict[str, list[int]] = {}
@@ -172,6 +193,20 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.num_computed = 0
         """Tokens that the model computed."""
+
+    def _start_worker(self, rank: int, names: list[str], num_blocks: int) -> None:
+        group = SimpleNamespace(rank_in_group=rank)
+        with mock.patch.multiple(
+            parallel_state,
+            get_tp_group=lambda: group,
+            get_pp_group=lambda: SimpleNamespace(rank_in_group=0),
+        ):
+            worker = KVStrataConnector(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
+        shape = (num_blocks, 1, self.block_size, VALUE_BYTES)
+        tensors = {name: torch.zeros(shape, dtype=torch.uint8) for name in names}
+        worker.register_kv_caches(tensors)
+        self.workers.append(worker)
+        self.pages.append([tensor.squeeze(1).numpy() for tensor in tensors.values()])
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int = 1, **arguments) -> Request:
         """Send a request. ``arguments``: ``cache_salt``, ``lora_request``, ``params`` (kv_transfer_params)."""
@@ -233,48 +268,66 @@ class Engine:
                 self._tables[request_id] += new_ids[0]
         starts = {data.req_id: data.num_computed_tokens for data in output.scheduled_new_reqs}
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        kv_transfer_state._KV_CONNECTOR_AGENT = self.worker
-        self.worker.handle_preemptions(output.kv_connector_metadata)
+        results = [self._run_rank(rank, output, starts) for rank in range(len(self.workers))]
+        ids = list(output.num_scheduled_tokens)
+        sampled = [
+            self._sample(request_id, starts[request_id] + output.num_scheduled_tokens[request_id])
+            for request_id in ids
+        ]
+        self.num_computed += output.total_num_scheduled_tokens
+        return self._aggregator.aggregate(
+            [
+                ModelRunnerOutput(
+                    req_ids=ids,
+                    req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
+                    sampled_token_ids=sampled,
+                    kv_connector_output=result,
+                )
+                for result in results
+            ]
+        )
+
+    def _run_rank(self, rank: int, output, starts: dict[str, int]):
+        kv_transfer_state._KV_CONNECTOR_AGENT = self.workers[rank]
+        self.workers[rank].handle_preemptions(output.kv_connector_metadata)
         try:
             if not output.total_num_scheduled_tokens:
-                return KVConnectorModelRunnerMixin.kv_connector_no_forward(output, self.config)
+                result = KVConnectorModelRunnerMixin.kv_connector_no_forward(output, self.config)
+                return result.kv_connector_output
             with (
                 set_forward_context(None, self.config),
                 KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output) as connector_output,
             ):
-                sampled = [
-                    self._forward(request_id, starts[request_id], count)
-                    for request_id, count in output.num_scheduled_tokens.items()
-                ]
+                for request_id, count in output.num_scheduled_tokens.items():
+                    self._forward(rank, request_id, starts[request_id], count)
+            return connector_output
         finally:
             kv_transfer_state._KV_CONNECTOR_AGENT = None
-        ids = list(output.num_scheduled_tokens)
-        return ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
-            sampled_token_ids=sampled,
-            kv_connector_output=connector_output,
-        )
 
-    def _forward(self, request_id: str, start: int, count: int) -> list[int]:
-        """Compute ``count`` tokens; the sampled token when they reach the sequence's end."""
-        request, table = self.requests[request_id], self._tables[request_id]
-        self.num_computed += count
-        # With overlap the last token may be one that the model sampled and the scheduler has not seen yet.
-        tokens = list(request.all_token_ids) + self._unseen(request_id)
-        for layer, pages in enumerate(self.pages):
+    def _forward(self, rank: int, request_id: str, start: int, count: int) -> None:
+        """Compute ``count`` tokens of one request on one rank."""
+        tokens = self._tokens(request_id)
+        for layer in range(NUM_LAYERS):
             for position in range(start, start + count):
-                before = b""
-                if position:
-                    before = pages[
-                        table[(position - 1) // self.block_size], (position - 1) % self.block_size
-                    ].tobytes()
-                value = token_value(before, tokens[position], layer)
-                pages[table[position // self.block_size], position % self.block_size] = list(value)
-        if start + count < len(tokens):
+                before = self._value(rank, layer, request_id, position - 1) if position else b""
+                value = token_value(before, tokens[position], layer, 0 if self.same_kv else rank)
+                block = self._tables[request_id][position // self.block_size]
+                self.pages[rank][layer][block, position % self.block_size] = list(value)
+
+    def _value(self, rank: int, layer: int, request_id: str, position: int) -> bytes:
+        block = self._tables[request_id][position // self.block_size]
+        return self.pages[rank][layer][block, position % self.block_size].tobytes()
+
+    def _sample(self, request_id: str, end: int) -> list[int]:
+        """The sampled token when the sequence's end has been computed."""
+        if end < len(self._tokens(request_id)):
             return []
-        end = start + count - 1
-        return [next_token(self.pages[-1][table[end // self.block_size], end % self.block_size].tobytes())]
+        ranks = range(1 if self.same_kv else len(self.workers))
+        return [next_token([self._value(rank, NUM_LAYERS - 1, request_id, end - 1) for rank in ranks])]
+
+    def _tokens(self, request_id: str) -> list[int]:
+        # With overlap the last token may be one that the model sampled and the scheduler has not seen yet.
+        return list(self.requests[request_id].all_token_ids) + self._unseen(request_id)
 
     def _unseen(self, request_id: str) -> list[int]:
         request = self.requests[request_id]
@@ -290,4 +343,5 @@ class Engine:
     def close(self) -> None:
         """Shut down as vLLM does."""
         self.scheduler.shutdown()
-        self.worker.shutdown()
+        for worker in self.workers:
+            worker.shutdown()

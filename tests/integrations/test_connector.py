@@ -111,7 +111,7 @@ def test_blocks_of_vllms_own_cache_are_not_written(make_engine, client, monkeypa
     make_engine().ask("a", PROMPT)
     engine = make_engine()
     engine.ask("b", [*PROMPT[:80], 1])
-    copier = engine.worker._worker._copier
+    copier = engine.workers[0]._worker._copier
     written, load = [], copier.load
 
     def watched(payload, first, block_ids):
@@ -317,11 +317,58 @@ def test_nothing_computed_on_missing_kv_is_stored(make_engine, client, monkeypat
     assert other.num_computed == 2 * 3
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+def test_what_was_computed_after_a_failed_load_is_stored(make_engine, client, monkeypatch):
+    make_engine().ask("a", PROMPT)
+    engine = make_engine()
+    with monkeypatch.context() as patch:
+        # The server has lost everything between the look-up and the load.
+        patch.setattr(type(client), "payloads", lambda *_: client.clear() and None)
+        engine.ask("b", PROMPT, 20)
+    other = make_engine()
+    assert other.ask("c", PROMPT) == expected_answer(PROMPT, 1)
+    assert other.num_computed == 1
+
+
+@pytest.mark.parametrize("mla", [True, False])
+def test_tensor_parallel_ranks(make_engine, client, mla):
+    num_shards = 1 if mla else 2
+    expected = expected_answer(PROMPT, 4, num_ranks=num_shards)
+    assert make_engine(num_ranks=2, mla=mla).ask("a", PROMPT, 4) == expected
+    assert client.stats()["l1"]["entries"] == num_shards * 7  # six chunks and a remainder
+    engine = make_engine(num_ranks=2, mla=mla)
+    assert engine.ask("b", PROMPT, 4) == expected
+    assert engine.num_computed == 4
+    assert not leases(client)
+
+
+def test_mla_is_shared_with_engines_of_another_size(make_engine):
+    make_engine(num_ranks=2, mla=True).ask("a", PROMPT)
+    engine = make_engine(mla=True)
+    assert engine.ask("b", PROMPT) == expected_answer(PROMPT, 1)
+    assert engine.num_computed == 1
+
+
+def test_a_load_that_fails_on_one_rank_only(make_engine, client, monkeypatch):
+    expected = expected_answer(PROMPT, 4, num_ranks=2)
+    make_engine(num_ranks=2).ask("a", PROMPT[:96])
+    engine = make_engine(num_ranks=2, max_num_batched_tokens=400)
+    payloads = client.payloads
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            client, "payloads", lambda *arguments: None if arguments[1] == 0 else payloads(*arguments)
+        )
+        assert engine.ask("b", PROMPT, 4) == expected
+    other = make_engine(num_ranks=2)
+    assert other.ask("c", PROMPT, 4) == expected
+    assert other.num_computed == 4
+    assert not leases(client)
+
+
+@pytest.mark.parametrize(("overlap", "num_ranks"), [(True, 1), (False, 1), (False, 2)])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_random_schedule(make_engine, client, monkeypatch, seed, overlap):
+def test_a_random_schedule(make_engine, client, monkeypatch, seed, overlap, num_ranks):
     """Shared prefixes, multi-turn, aborts, preemption, failed loads, eviction, restarts: answers stay right."""
-    chance = random.Random(f"{seed} {overlap}")
+    chance = random.Random(f"{seed} {overlap} {num_ranks}")
     payloads = client.payloads
     monkeypatch.setattr(
         client, "payloads", lambda *arguments: None if chance.random() < 0.1 else payloads(*arguments)
@@ -334,6 +381,7 @@ def test_a_random_schedule(make_engine, client, monkeypatch, seed, overlap):
             max_num_batched_tokens=chance.choice([20, 64, 300]),
             prefix_caching=chance.random() < 0.5,
             overlap=overlap,
+            num_ranks=num_ranks,
             extra_config={
                 "chunk_size": chance.choice([16, 32, 64]),
                 "save_decode_cache": chance.random() < 0.5,
@@ -355,6 +403,7 @@ def test_a_random_schedule(make_engine, client, monkeypatch, seed, overlap):
         for _, request in open_requests.values():
             prompt = list(request.prompt_token_ids)
             answer = list(request.output_token_ids)
-            assert answer == expected_answer(prompt, len(answer)), request.request_id
+            expected = expected_answer(prompt, len(answer), num_ranks=num_ranks)
+            assert answer == expected, request.request_id
             conversations.append(prompt + answer)
         assert not leases(client)

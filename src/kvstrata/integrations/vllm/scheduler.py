@@ -169,8 +169,7 @@ class SchedulerSide:
         # Scheduled tokens may be drafts, or not sampled yet: only tokens that are known have their final KV.
         known = min(computed + num_scheduled, request.num_tokens)
         stable = known if self._settings.save_decode_cache else min(known, request.num_prompt_tokens)
-        # vLLM takes the computed tokens back after a preemption or a failed load: then offer them again.
-        first = min(tracked.stored_tokens, computed) // chunk_size
+        first = tracked.stored_tokens // chunk_size
         end = stable // chunk_size
         ends_prompt = computed < request.num_prompt_tokens <= known
         if end <= first and not ends_prompt:
