@@ -23,7 +23,7 @@ from kvstrata.cache.walk import Walk, best_cover, missing_candidates, walk
 from kvstrata.codecs.base import HEADER_BYTES, FrameHeader
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.metrics import Metrics
-from kvstrata.types import PENDING, Hit, Miss, MissReason, Namespace, Piece, Prefix, Slot
+from kvstrata.types import NO_HIT, PENDING, Hit, Miss, MissReason, Namespace, Piece, Prefix, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,11 @@ class Cache:
         now = self._clock()
         with self._lock:
             lookup = self._lookups.get((owner, request_id))
+            if lookup is not None and (lookup.prefix != prefix or lookup.namespace is not namespace):
+                if lookup.hit is not None:  # its payloads may be in use, and are another prompt's
+                    return NO_HIT
+                self._release(owner, request_id)
+                lookup = None
             if lookup is None:
                 lookup = Lookup(namespace, prefix, now, now + self._lookup_timeout_seconds)
                 self._lookups[owner, request_id] = lookup
@@ -270,7 +275,7 @@ class Cache:
                     lookup.reason = lookup.reason or miss.reason
                     if entry.state is State.LOADING:
                         self.index.drop(entry)
-                self.index.unlease(entry)
+                self._unlease(entry)
 
     def _measured(self, tier: int, num_bytes: int, seconds: float) -> None:
         """A read from a tier has ended."""
@@ -288,23 +293,29 @@ class Cache:
         with self._lock:
             for piece in pieces:
                 entry = self.index.get(piece.chunk_hash, shard)
-                if entry is not None:
+                if (owner, entry_key(piece.chunk_hash, shard)) in self._reserved:
+                    slots.append(
+                        None
+                    )  # also when it was dropped since: its end must not be taken for another's
+                elif entry is not None:
                     slots.append(None)
                     if entry.state is State.READY:
                         jobs += self._plan_writes(entry, self._transfer(entry, piece))
-                    continue
-                entry = self.index.insert(namespace, piece, shard, State.WRITING)
-                if entry is None:
-                    slots.append(None)
-                    self.metrics.stores_dropped.inc()
-                    continue
-                transfer = self._transfer(entry, piece)
-                prepare(transfer)
-                self._reserved[owner, entry.key] = entry, transfer
-                slots.append(Slot(entry.offset + HEADER_BYTES, entry.payload_bytes))
+                else:
+                    slots.append(self._reserve_new(owner, namespace, shard, piece))
         for job in jobs:
             job()
         return slots
+
+    def _reserve_new(self, owner: str, namespace: Namespace, shard: int, piece: Piece) -> Slot | None:
+        entry = self.index.insert(namespace, piece, shard, State.WRITING)
+        if entry is None:
+            self.metrics.stores_dropped.inc()
+            return None
+        transfer = self._transfer(entry, piece)
+        prepare(transfer)
+        self._reserved[owner, entry.key] = entry, transfer
+        return Slot(entry.offset + HEADER_BYTES, entry.payload_bytes)
 
     def commit(self, owner: str, shard: int, chunk_hashes: Sequence[bytes]) -> None:
         """Reserved payloads are complete: make them visible, and write them to the tiers in the background."""
@@ -417,17 +428,43 @@ class Cache:
             for _, key in [key for key in self._reserved if key[0] == owner]:
                 self._abort(owner, key)
 
-    def leased_payloads(self, owner: str, request_id: str, shard: int) -> list[memoryview] | None:
-        """The payloads of an answered lookup, for a client that cannot map the pool."""
+    def leased_payloads(
+        self, owner: str, request_id: str, shard: int, chunk_hashes: Sequence[bytes]
+    ) -> list[memoryview] | None:
+        """The payloads of an answered lookup; None unless its pieces are those."""
         with self._lock:
             lookup = self._lookups.get((owner, request_id))
-            if lookup is None or lookup.hit is None:
+            if lookup is None or lookup.hit is None or not 0 <= shard < lookup.namespace.world_size:
+                return None
+            if [piece.chunk_hash for piece in lookup.hit.pieces] != list(chunk_hashes):
                 return None
             sizes = [lookup.namespace.layout.payload_bytes(p.num_tokens) for p in lookup.hit.pieces]
             return [
                 self.pool[offset : offset + size]
                 for offset, size in zip(lookup.hit.offsets[shard], sizes, strict=True)
             ]
+
+    def copy_payloads(
+        self, namespace: Namespace, shard: int, chunk_hashes: Sequence[bytes]
+    ) -> list[bytes] | None:
+        """Copies of the payloads of entries that anybody holds leased; None unless all are there."""
+        with self._lock:
+            entries = [self.index.get(chunk_hash, shard) for chunk_hash in chunk_hashes]
+            held = [
+                e for e in entries if e is not None and e.state is State.READY and e.namespace is namespace
+            ]
+            if len(held) != len(entries):
+                return None
+            for entry in held:
+                entry.leases += 1
+        starts = [entry.offset + HEADER_BYTES for entry in held]
+        copies = [
+            bytes(self.pool[start : start + e.payload_bytes]) for start, e in zip(starts, held, strict=True)
+        ]
+        with self._lock:
+            for entry in held:
+                self._unlease(entry)
+        return copies
 
     def reserved_payload(self, owner: str, shard: int, chunk_hash: bytes) -> memoryview | None:
         """The payload of a reservation, for a client that cannot map the pool."""
@@ -474,7 +511,7 @@ class Cache:
         with self._lock:
             entries = list(self.index.entries.values())
         keys = (e.namespace.key(e.chunk_hash, e.shard) for e in entries if e.state is State.READY)
-        return list(itertools.islice((key for key in keys if key.startswith(prefix)), limit))
+        return list(itertools.islice((key for key in keys if key.startswith(prefix)), max(0, limit)))
 
     def l1_stats(self) -> dict[str, int]:
         """Sizes and counts of L1 as of now."""

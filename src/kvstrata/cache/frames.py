@@ -113,6 +113,9 @@ def _decode(transfer: Transfer, header: FrameHeader, encoded: memoryview, codecs
     codec.decode(
         memoryview(bytes(encoded)) if in_place else encoded, header.codec_parameters, transfer.payload
     )
+    if not in_place:
+        # The slot may still have the header of an earlier frame: other bytes of the same tokens, or another shard.
+        header.pack_into(transfer.slot)
 
 
 def _check(header: FrameHeader, expected: FrameHeader, frame_bytes: int) -> None:

@@ -21,12 +21,15 @@ from kvstrata.codecs.base import Codec
 from kvstrata.errors import TierError, TierFull
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.base import Tier
-from kvstrata.types import Miss, MissReason
+from kvstrata.types import Miss, MissReason, TierStats
 
 logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 16 << 20
 """Bytes of one read or write call to a tier: large enough to pipeline, small enough to share among threads."""
+
+_SIZE_SECONDS = 0.25
+"""How long statistics wait for a backend; then they show what it said the last time."""
 
 T = TypeVar("T")
 _PROBE_KEY = "kvstrata@probe@0@0@0"
@@ -118,6 +121,8 @@ class TierIO:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._said_full = False
+        self._size: TierStats | None = None
+        self._asking_size: threading.Event | None = None
         self._lookups = Workers(f"{name}-lookup", 1)
         self._reads = Workers(f"{name}-read", max(1, num_workers - 2))
         self._writes = Workers(f"{name}-write", 1)
@@ -136,7 +141,7 @@ class TierIO:
             held = None
             if not self.breaker.is_open and time.monotonic() < expires_at:
                 held = self._call("contains", 0, lambda: self.tier.contains(keys))
-            done(held)
+            done(held if held is None or len(held) == len(keys) else None)
 
         self._lookups.submit(job)
 
@@ -178,13 +183,10 @@ class TierIO:
         results = None
         if not self.breaker.is_open:
             results = self._call("read", size, lambda: self.tier.read(keys, buffers))
-        if results is None:
+        if results is None or len(results) != len(batch):
             outcome: list[Miss | None] = [Miss(MissReason.TIER_DOWN)] * len(batch)
         else:
-            outcome = [
-                result if isinstance(result, Miss) else accept_frame(transfer, buffer[:result], self._codecs)
-                for transfer, buffer, result in zip(batch, buffers, results, strict=True)
-            ]
+            outcome = [self._accept(*each) for each in zip(batch, buffers, results, strict=True)]
         bad = []
         for transfer, miss in zip(batch, outcome, strict=True):
             if miss is not None:
@@ -196,6 +198,18 @@ class TierIO:
         reading.add(sum(len(t.payload) for t, miss in zip(batch, outcome, strict=True) if miss is None))
         if bad:
             self.delete(bad)
+
+    def _accept(self, transfer: Transfer, buffer: memoryview, result: int | Miss) -> Miss | None:
+        """Check one frame that was read; also what a tier or a codec breaks its contract with ends as a miss."""
+        if isinstance(result, Miss):
+            return result
+        if not 0 <= result <= len(buffer):
+            return Miss(MissReason.CORRUPT, f"{result} bytes in a buffer of {len(buffer)}")
+        miss, error = _attempt(lambda: accept_frame(transfer, buffer[:result], self._codecs))
+        if error is not None:
+            logger.error("tier %s: a codec broke its contract", self.name, exc_info=error)
+            return Miss(MissReason.CORRUPT, str(error))
+        return miss
 
     # Writes
 
@@ -235,7 +249,10 @@ class TierIO:
         self._call("delete", 0, lambda: self.tier.delete(keys))
 
     def clear(self, prefix: str, done: Callable[[], None]) -> None:
-        """Delete all keys with a prefix in the background, after the writes that are queued."""
+        """Delete all keys with a prefix in the background, after the writes that are queued.
+
+        It is tried until it succeeds; then ``done`` is called.
+        """
 
         def clear() -> int:
             deleted = 0
@@ -248,9 +265,16 @@ class TierIO:
             return deleted + (self.tier.delete(batch) if batch else 0)
 
         def job() -> None:
-            deleted = self._call("clear", 0, clear)
-            logger.info("tier %s: cleared %s (%s entries)", self.name, prefix or "everything", deleted)
+            deleted = None if self.breaker.is_open else self._call("clear", 0, clear)
+            if deleted is None:
+                threading.Thread(target=again, name=f"kvstrata-{self.name}-clear", daemon=True).start()
+                return
+            logger.info("tier %s: cleared %s (%d entries)", self.name, prefix or "everything", deleted)
             done()
+
+        def again() -> None:
+            if not self._closing.wait(self._probe_seconds):
+                self._writes.submit(job)
 
         self._writes.submit(job)
 
@@ -263,7 +287,8 @@ class TierIO:
         if error is not None:
             self._failed(operation, error)
             return None
-        self.breaker.succeeded()
+        if not self.breaker.is_open:  # then this one comes late, and only a probe may close it
+            self.breaker.succeeded()
         self._metrics.tier_operation(self.name, operation, num_bytes, time.monotonic() - started)
         return result
 
@@ -299,8 +324,8 @@ class TierIO:
                 return
 
     def stats(self) -> dict[str, Any]:
-        """What the API shows of this tier. Asks the backend, so the caller must not hold a lock."""
-        held = None if self.breaker.is_open else _attempt(self.tier.stats)[0]
+        """What the API shows of this tier. Asks the backend, but waits for it a moment only."""
+        held = None if self.breaker.is_open else self._ask_size()
         return {
             "name": self.name,
             "kind": self.tier.kind,
@@ -313,6 +338,23 @@ class TierIO:
             "queued_bytes": self.queued_bytes,
             "dropped_writes": self.num_dropped,
         }
+
+    def _ask_size(self) -> TierStats | None:
+        """What the backend last said it holds. The server's one thread calls this: a backend that hangs costs it
+        ``_SIZE_SECONDS`` once, not its deadline with every call."""
+        with self._lock:
+            if self._asking_size is not None:
+                return self._size
+            answered = self._asking_size = threading.Event()
+        self._lookups.submit(partial(self._take_size, answered))
+        answered.wait(_SIZE_SECONDS)
+        return self._size
+
+    def _take_size(self, answered: threading.Event) -> None:
+        self._size, _ = _attempt(self.tier.stats)
+        with self._lock:
+            self._asking_size = None
+        answered.set()
 
     def close(self, timeout_seconds: float = 10.0) -> None:
         """End queued work within the time, then the threads and the tier."""

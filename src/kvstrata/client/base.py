@@ -43,6 +43,12 @@ class Reservation:
             piece.chunk_hash for piece, slot in zip(self.pieces, self.slots, strict=True) if slot is not None
         )
 
+    def end(self) -> tuple[bytes, ...]:
+        """``reserved_hashes``, the first time; afterwards none: a reservation ends once. For clients."""
+        hashes = self.reserved_hashes
+        self.slots = [None] * len(self.slots)
+        return hashes
+
     @property
     def num_tokens(self) -> int:
         """Tokens that are to be copied."""

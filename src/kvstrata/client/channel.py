@@ -16,6 +16,8 @@ from kvstrata.protocol.messages import Message, Reply
 
 logger = logging.getLogger(__name__)
 
+_LINGER_MS = 200
+
 Answer = tuple[Reply, Sequence[memoryview]]
 
 
@@ -102,6 +104,7 @@ class Channel:
         return (reply, payloads) if number == sequence else None
 
     def close(self) -> None:
+        """End the connection; what was said last still goes out, if that takes a moment only."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._context.destroy(linger=0)
+        self._context.destroy(linger=_LINGER_MS)

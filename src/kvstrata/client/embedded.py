@@ -47,7 +47,7 @@ class EmbeddedServer:
         """Start the server if nobody has, or restart it if it was ours and died. Does not wait for it."""
         if self._process is not None:
             status = self._process.poll()
-            if status is None or status == 1:  # it runs, or it has said why it cannot
+            if status is None or status == os.EX_CONFIG:  # it runs, or it has said why it cannot
                 return
             logger.warning("the embedded server ended with status %d; it is started again", status)
         elif not _try_lock(self._lock):

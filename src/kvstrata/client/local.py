@@ -13,7 +13,7 @@ from kvstrata.client.base import Client, Reservation
 from kvstrata.config import Settings
 from kvstrata.memory.region import SharedRegion
 from kvstrata.metrics import Metrics
-from kvstrata.types import Hit, Namespace, Piece, Prefix
+from kvstrata.types import NO_HIT, Hit, Namespace, Piece, Prefix
 
 _POLL_SECONDS = 0.0005
 
@@ -48,6 +48,8 @@ class LocalClient(Client):
         return self._chunk_size
 
     def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+        if self._closed:
+            return NO_HIT
         return self.cache.lookup(self._owner, request_id, self.cache.intern(namespace), prefix)
 
     def wait_lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
@@ -62,10 +64,15 @@ class LocalClient(Client):
     def payloads(
         self, request_id: str, shard: int, hit: Hit, namespace: Namespace
     ) -> list[memoryview] | None:
-        del hit, namespace  # the core knows them
-        return self.cache.leased_payloads(self._owner, request_id, shard)
+        del namespace  # the core knows it
+        if self._closed or not hit.pieces:
+            return None if hit.pieces else []
+        hashes = [piece.chunk_hash for piece in hit.pieces]
+        return self.cache.leased_payloads(self._owner, request_id, shard, hashes)
 
     def reserve(self, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> Reservation:
+        if self._closed:
+            return Reservation(namespace, shard, pieces, [None] * len(pieces), [None] * len(pieces), "")
         slots = self.cache.reserve(self._owner, self.cache.intern(namespace), shard, pieces)
         buffers = [
             None if slot is None else self.cache.pool[slot.offset : slot.offset + slot.payload_bytes]
@@ -74,25 +81,27 @@ class LocalClient(Client):
         return Reservation(namespace, shard, pieces, slots, buffers, self.cache.pool_id)
 
     def commit(self, reservation: Reservation) -> None:
-        self.cache.commit(self._owner, reservation.shard, reservation.reserved_hashes)
+        self.cache.commit(self._owner, reservation.shard, reservation.end())
 
     def abort(self, reservation: Reservation) -> None:
-        self.cache.abort(self._owner, reservation.shard, reservation.reserved_hashes)
+        self.cache.abort(self._owner, reservation.shard, reservation.end())
 
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         self.cache.report_prefill(self.cache.intern(namespace), num_tokens, seconds)
 
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
+        if self._closed:
+            return 0
         return self.cache.clear(None if namespace is None else self.cache.intern(namespace), tiers=tiers)
 
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
-        return self.cache.keys(prefix, limit)
+        return [] if self._closed else self.cache.keys(prefix, limit)
 
     def stats(self) -> dict[str, Any]:
-        return self.cache.stats()
+        return {} if self._closed else self.cache.stats()
 
     def mapped_pool(self, pool_id: str) -> memoryview | None:
-        return self.cache.pool if pool_id == self.cache.pool_id else None
+        return self.cache.pool if pool_id == self.cache.pool_id and not self._closed else None
 
     def close(self) -> None:
         if not self._closed:

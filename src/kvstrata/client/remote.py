@@ -10,6 +10,7 @@ from typing import Any
 
 from kvstrata.client.base import Client, Reservation
 from kvstrata.client.channel import Answer, Channel
+from kvstrata.client.holdings import Holdings
 from kvstrata.client.mapping import PoolMappings
 from kvstrata.protocol import messages as m
 from kvstrata.types import NO_HIT, Hit, Namespace, Piece, Prefix
@@ -60,6 +61,9 @@ class RemoteClient(Client):
         """The channel's ``connections`` when we last said hello."""
         self._next_attempt_at = 0.0
         self._registered: set[bytes] = set()
+        self._holdings = Holdings()
+        self._has_told = False
+        """Whether something was said since the last answer, that the server may not have carried out yet."""
         self._chunk_size: int | None = None
         self._closed = False
 
@@ -103,6 +107,8 @@ class RemoteClient(Client):
         self._welcome = reply
         self._registered.clear()
         self._chunk_size = reply.chunk_size
+        for message in self._holdings.greeted(reply.pool_id):
+            self._channel.tell(message)
         shared = self._pools.add(reply.pool_socket, reply.pool_id, self.session, self._timeout_seconds)
         logger.info(
             "%s: connected to kvstrata %s at %s%s",
@@ -137,6 +143,7 @@ class RemoteClient(Client):
         if not self.connected:
             return None
         answer = self._channel.ask(message, self._timeout_seconds)
+        self._has_told = False
         if answer is None:
             self.num_failures += 1
             self._lost(f"no answer to {type(message).__name__} within {self._timeout_seconds:g} s")
@@ -163,38 +170,51 @@ class RemoteClient(Client):
             self._registered.add(fingerprint)
         return fingerprint
 
-    def _tell(self, message: m.Message, payloads: Sequence[memoryview] = ()) -> None:
-        if self.connected:
-            self._channel.tell(message, payloads)
+    def _tell(self, message: m.Message, payloads: Sequence[memoryview] = ()) -> bool:
+        """Say something that needs no answer; False when there is nobody to say it to."""
+        self._has_told = self.connected and bool(self._channel.tell(message, payloads))
+        return self._has_told
 
     # Verbs
 
     def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
         fingerprint = self._register(namespace)
         if fingerprint is None:
+            self._holdings.lookup_lost(request_id, asked=False)
             return NO_HIT
         match self._ask(m.Lookup(request_id, fingerprint, prefix)):
             case (m.LookupReply(hit=hit), _):
+                self._holdings.looked_up(request_id, hit)
                 return hit
             case _:
+                self._holdings.lookup_lost(request_id, asked=True)
                 return NO_HIT
 
     def release(self, request_id: str) -> None:
-        self._tell(m.Release(request_id))
+        self._holdings.released(request_id)
+        message = m.Release(request_id)
+        if not self._tell(message):
+            self._holdings.owe(message)
 
     def payloads(
         self, request_id: str, shard: int, hit: Hit, namespace: Namespace
     ) -> list[memoryview] | None:
+        if not hit.pieces:
+            return []
         sizes = [namespace.layout.payload_bytes(piece.num_tokens) for piece in hit.pieces]
         pool = self.mapped_pool(hit.pool_id)
         if pool is None and self.wait_connected(self._timeout_seconds):  # the server may be new to us
             pool = self.mapped_pool(hit.pool_id)
         if pool is not None:
             return [pool[o : o + size] for o, size in zip(hit.offsets[shard], sizes, strict=True)]
-        return self._fetch(request_id, shard, sizes)
+        fingerprint = self._register(namespace)
+        if fingerprint is None:
+            return None
+        hashes = tuple(piece.chunk_hash for piece in hit.pieces)
+        return self._fetch(m.Fetch(request_id, shard, fingerprint, hashes), sizes)
 
-    def _fetch(self, request_id: str, shard: int, sizes: list[int]) -> list[memoryview] | None:
-        match self._ask(m.Fetch(request_id, shard)):
+    def _fetch(self, message: m.Fetch, sizes: list[int]) -> list[memoryview] | None:
+        match self._ask(message):
             case (m.Fetched(found=True), payloads) if [len(p) for p in payloads] == sizes:
                 return list(payloads)
             case _:
@@ -209,6 +229,7 @@ class RemoteClient(Client):
             case (m.Reserved(slots=slots, pool_id=pool_id), _) if len(slots) == len(pieces):
                 pool = self.mapped_pool(pool_id)
             case _:
+                self._holdings.reserve_lost(shard, [piece.chunk_hash for piece in pieces])
                 return nothing
         buffers = [
             None
@@ -218,24 +239,32 @@ class RemoteClient(Client):
             else memoryview(bytearray(slot.payload_bytes))
             for slot in slots
         ]
-        return Reservation(namespace, shard, pieces, slots, buffers, pool_id)
+        reservation = Reservation(namespace, shard, pieces, slots, buffers, pool_id)
+        self._holdings.reserved(shard, reservation.reserved_hashes)
+        return reservation
 
     def commit(self, reservation: Reservation) -> None:
-        hashes = reservation.reserved_hashes
-        if not hashes or not self._still_there(reservation):
-            return
         inline = self.mapped_pool(reservation.pool_id) is None
         payloads = [b for b in reservation.buffers if b is not None] if inline else []
-        self._tell(m.Commit(reservation.shard, hashes), payloads)
+        self._end(reservation, m.Commit(reservation.shard, reservation.end()), payloads)
 
     def abort(self, reservation: Reservation) -> None:
-        hashes = reservation.reserved_hashes
-        if hashes and self._still_there(reservation):
-            self._tell(m.Abort(reservation.shard, hashes))
+        self._end(reservation, m.Abort(reservation.shard, reservation.end()))
 
-    def _still_there(self, reservation: Reservation) -> bool:
-        """Whether the server is the one that made the reservation."""
-        return self.connected and self._welcome is not None and self._welcome.pool_id == reservation.pool_id
+    def _end(
+        self, reservation: Reservation, message: m.Commit | m.Abort, payloads: Sequence[memoryview] = ()
+    ) -> None:
+        """End a reservation at the server that made it. What cannot be said now is given back later."""
+        shard, hashes = message.shard, message.chunk_hashes
+        if not hashes:
+            return
+        told = (
+            self.connected and reservation.pool_id == self._holdings.pool_id and self._tell(message, payloads)
+        )
+        if reservation.pool_id == self._holdings.pool_id:
+            self._holdings.ended(shard, hashes)
+            if not told:
+                self._holdings.owe(m.Abort(shard, hashes))
 
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         if namespace.fingerprint in self._registered:
@@ -272,6 +301,9 @@ class RemoteClient(Client):
 
     def close(self) -> None:
         if not self._closed:
+            if self._has_told:
+                # The end of the pool's connection may be seen before what was said; a commit would be lost.
+                self._ask(m.Ping())
             self._tell(m.Goodbye())
             self._closed = True
             self._channel.close()

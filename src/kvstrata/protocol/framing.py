@@ -13,6 +13,8 @@ MAX_MESSAGE_BYTES = 64 << 20
 """Of the message part. The hashes of a prompt of 1,000,000 tokens in blocks of 16 are 2 MB."""
 MAX_PARTS = 4096
 _SEQUENCE_BYTES = 8
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What the decoder raises; text that is not UTF-8 and deep nesting have exceptions of their own."""
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -35,7 +37,7 @@ def decode_request(parts: Sequence[memoryview]) -> tuple[int, Request, Sequence[
     sequence = _check(parts)
     try:
         return sequence, _requests.decode(parts[1]), parts[2:]
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise ProtocolError(f"not a request of this protocol: {error}") from error
 
 
@@ -48,7 +50,7 @@ def decode_reply(parts: Sequence[memoryview]) -> tuple[int, Reply, Sequence[memo
     sequence = _check(parts)
     try:
         return sequence, _replies.decode(parts[1]), parts[2:]
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise ProtocolError(f"not a reply of this protocol: {error}") from error
 
 

@@ -68,10 +68,15 @@ class Abort(Message, frozen=True):
 
 
 class Fetch(Message, frozen=True):
-    """The payloads of an answered lookup, for a client that cannot map the pool."""
+    """The payloads of an answered lookup, for a client that cannot map the pool.
+
+    The lookup may be another client's (a scheduler's, where this one is a worker).
+    """
 
     request_id: str
     shard: int
+    namespace: bytes
+    chunk_hashes: tuple[bytes, ...]
 
 
 class ReportPrefill(Message, frozen=True):

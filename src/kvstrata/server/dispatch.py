@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import assert_never
 
 from kvstrata import __version__
 from kvstrata.cache.cache import Cache
+from kvstrata.errors import ProtocolError
 from kvstrata.protocol import messages as m
+from kvstrata.protocol.checks import (
+    MAX_SHARDS,
+    check_hashes,
+    check_namespace,
+    check_pieces,
+    check_prefix,
+    check_shard,
+)
 from kvstrata.server.sessions import Session, Sessions
 
-Answer = tuple[m.Reply | None, Sequence[memoryview]]
+Answer = tuple[m.Reply | None, Sequence[memoryview | bytes]]
 """A reply with its payload parts; None for requests that get none."""
 
 
@@ -24,7 +34,11 @@ class Dispatcher:
         self._chunk_size = chunk_size
 
     def dispatch(self, identity: bytes, request: m.Request, payloads: Sequence[memoryview]) -> Answer:
-        """The answer to one request of the client with that identity on the socket."""
+        """The answer to one request of the client with that identity on the socket.
+
+        Raises:
+            ProtocolError: the request's values contradict each other; nothing was done.
+        """
         match request:
             case m.Hello():
                 return self._hello(identity, request), ()
@@ -65,17 +79,20 @@ class Dispatcher:
         cache = self._cache
         match request:
             case m.Register(namespace=namespace):
+                check_namespace(namespace)
                 session.namespaces[namespace.fingerprint] = cache.intern(namespace)
                 return m.Done(), ()
             case m.Release(request_id=request_id):
                 cache.release(owner, request_id)
             case m.Commit(shard=shard, chunk_hashes=hashes):
+                _check_slots(shard, hashes)
                 self._take_inline(owner, request, payloads)
                 cache.commit(owner, shard, hashes)
             case m.Abort(shard=shard, chunk_hashes=hashes):
+                _check_slots(shard, hashes)
                 cache.abort(owner, shard, hashes)
-            case m.Fetch(request_id=request_id, shard=shard):
-                found = cache.leased_payloads(owner, request_id, shard)
+            case m.Fetch():
+                found = self._fetch(owner, session, request)
                 return m.Fetched(found is not None), found or ()
             case m.Lookup() | m.Reserve() | m.ReportPrefill() | m.Clear():
                 return self._in_namespace(owner, session, request)
@@ -95,17 +112,33 @@ class Dispatcher:
             return self._unknown(request), ()
         match request:
             case m.Lookup(request_id=request_id, prefix=prefix):
+                check_prefix(namespace, prefix)
                 return m.LookupReply(cache.lookup(owner, request_id, namespace, prefix)), ()
             case m.Reserve(shard=shard, pieces=pieces):
+                check_shard(namespace, shard)
+                check_pieces(namespace, pieces)
                 slots = cache.reserve(owner, namespace, shard, pieces)
                 return m.Reserved(tuple(slots), cache.pool_id), ()
             case m.ReportPrefill(num_tokens=num_tokens, seconds=seconds):
-                cache.report_prefill(namespace, num_tokens, seconds)
+                if math.isfinite(seconds):
+                    cache.report_prefill(namespace, num_tokens, seconds)
                 return None, ()
             case m.Clear(tiers=tiers):
                 return m.Cleared(cache.clear(namespace, tiers=tiers)), ()
             case _:
                 assert_never(request)
+
+    def _fetch(self, owner: str, session: Session, request: m.Fetch) -> Sequence[memoryview | bytes] | None:
+        """The payloads of the sender's own lookup, or else of the chunks that it names."""
+        own = self._cache.leased_payloads(owner, request.request_id, request.shard, request.chunk_hashes)
+        if own is not None:
+            return own
+        namespace = session.namespaces.get(request.namespace)
+        if namespace is None:
+            return None
+        check_shard(namespace, request.shard)
+        check_hashes(request.chunk_hashes)
+        return self._cache.copy_payloads(namespace, request.shard, request.chunk_hashes)
 
     def _take_inline(self, owner: str, request: m.Commit, payloads: Sequence[memoryview]) -> None:
         """Payloads that came over the socket. One of the wrong size gives its slot back."""
@@ -118,3 +151,10 @@ class Dispatcher:
             else:
                 self._cache.abort(owner, request.shard, (chunk_hash,))
         self._cache.abort(owner, request.shard, request.chunk_hashes[len(payloads) :])
+
+
+def _check_slots(shard: int, chunk_hashes: Sequence[bytes]) -> None:
+    """Slots that a session could have reserved."""
+    if not 0 <= shard < MAX_SHARDS:
+        raise ProtocolError(f"shard {shard}")
+    check_hashes(chunk_hashes)

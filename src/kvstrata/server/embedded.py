@@ -23,6 +23,9 @@ from kvstrata.server.server import Server
 
 logger = logging.getLogger(__name__)
 
+CANNOT_START = os.EX_CONFIG
+"""The exit status after an error that a new attempt would only repeat."""
+
 
 def main(directory: Path, parent_pid: int) -> int:
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
@@ -32,7 +35,7 @@ def main(directory: Path, parent_pid: int) -> int:
         _serve(settings, directory, parent_pid)
     except KVStrataError as error:
         logger.error("the embedded server cannot start, there will be no cache: %s", error)
-        return 1
+        return CANNOT_START
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -59,8 +60,10 @@ class Server:
         """
         self._counters = Metrics()
         self.started_at = time.time()
-        self._stopping = False
+        self._stopping = threading.Event()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._close_wakeup)
             self._region = SharedRegion.create(settings.max_local_cpu_bytes, settings.shm_dir)
             stack.callback(self._region.close)
             self.cache = build_cache(settings, self._region, self._counters)
@@ -100,6 +103,7 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._pool_server.fileno(), zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
         if self._watched is not None:
             poller.register(self._watched, zmq.POLLIN)
         return poller
@@ -110,14 +114,20 @@ class Server:
         """Answer clients until ``stop``, or until the watched process ends."""
         size_gib = self._region.size_bytes / 2**30
         logger.info("kvstrata %s serves on %s, %.1f GiB of L1", __version__, self.endpoint, size_gib)
-        while not self._stopping:
+        while not self._stopping.is_set():
             for ready, _ in self._poller.poll(_POLL_MS):
                 self._serve_ready(ready)
             self._sessions.expire()
 
     def stop(self) -> None:
-        """Let ``serve`` return, within about a second."""
-        self._stopping = True
+        """Let ``serve`` return at once."""
+        self._stopping.set()
+        if self._wakeup >= 0:
+            os.eventfd_write(self._wakeup, 1)
+
+    def _close_wakeup(self) -> None:
+        fd, self._wakeup = self._wakeup, -1
+        os.close(fd)
 
     def _serve_ready(self, ready: zmq.Socket[bytes] | int) -> None:
         if ready is self._router:
@@ -130,7 +140,7 @@ class Server:
         elif ready == self._watched:
             logger.info("the process that started this server has ended")
             self.stop()
-        elif isinstance(ready, int):
+        elif isinstance(ready, int) and ready != self._wakeup:
             # Unregister first: a closed connection's number may be reused at once.
             self._poller.unregister(ready)
             if self._sessions.readable(ready):
@@ -153,11 +163,20 @@ class Server:
             sequence = int.from_bytes(parts[0][:8], "little") if parts else 0
             self._send(identity, sequence, m.Refused(str(error)), ())
             return
-        reply, reply_payloads = self._dispatcher.dispatch(identity, request, payloads)
-        if reply is not None:
+        try:
+            reply, reply_payloads = self._dispatcher.dispatch(identity, request, payloads)
+        except ProtocolError as error:
+            logger.warning("refused a client's %s: %s", type(request).__name__, error)
+            reply, reply_payloads = m.Refused(str(error)), ()
+        except Exception:  # one request must not end the cache of everybody else
+            logger.exception("a client's %s failed", type(request).__name__)
+            reply, reply_payloads = m.Refused("internal error"), ()
+        if reply is not None and isinstance(request, m.ANSWERED):
             self._send(identity, sequence, reply, reply_payloads)
 
-    def _send(self, identity: bytes, sequence: int, reply: m.Reply, payloads: Sequence[memoryview]) -> None:
+    def _send(
+        self, identity: bytes, sequence: int, reply: m.Reply, payloads: Sequence[memoryview | bytes]
+    ) -> None:
         # A client that does not read has lost its reply, not the server its time.
         with contextlib.suppress(zmq.Again):
             self._router.send_multipart([identity, *encode(sequence, reply, payloads)], zmq.NOBLOCK)
