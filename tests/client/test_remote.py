@@ -1,0 +1,88 @@
+"""The client contract over sockets, with the server in another process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstrata.client import RemoteClient
+from kvstrata.config import Settings
+from kvstrata.testing.client import Join, SharedClientContract, Start
+from kvstrata.testing.forked import ForkedServer, ServerHost
+
+Servers = list[ForkedServer]
+
+
+@pytest.fixture
+def servers() -> Servers:
+    """Those that the test has started, the last one in use."""
+    return []
+
+
+class RemoteContract(SharedClientContract):
+    def endpoint(self, host: ServerHost) -> str:
+        """Where the next server is to listen."""
+        raise NotImplementedError
+
+    def connect(self, server: ForkedServer) -> RemoteClient:
+        client = RemoteClient(server.endpoint, "test", timeout_seconds=10)
+        assert client.wait_connected(10)
+        return client
+
+    def before_connecting(self, host: ServerHost) -> None:
+        """Called when a server has started."""
+
+    @pytest.fixture
+    def start(self, server_host: ServerHost, plugin_path: Path, servers: Servers) -> Iterator[Start]:
+        with contextlib.ExitStack() as stack:
+
+            def start(settings: Settings) -> RemoteClient:
+                server = server_host.start(
+                    settings, endpoint=self.endpoint(server_host), plugin_path=str(plugin_path)
+                )
+                servers.append(stack.enter_context(server))
+                self.before_connecting(server_host)
+                return stack.enter_context(self.connect(server))
+
+            yield start
+
+    @pytest.fixture
+    def join(self, servers: Servers, start: Start) -> Iterator[Join]:
+        with contextlib.ExitStack() as stack:
+            yield lambda: stack.enter_context(self.connect(servers[-1]))
+
+
+class TestOverTCP(RemoteContract):
+    def endpoint(self, host: ServerHost) -> str:
+        return "tcp://127.0.0.1:*"
+
+
+class TestOverIPC(RemoteContract):
+    def endpoint(self, host: ServerHost) -> str:
+        return f"ipc://{host.directory}/control-{id(self)}"
+
+
+class TestInline(RemoteContract):
+    """Data through the socket; the pool's connection shows that the client lives."""
+
+    def endpoint(self, host: ServerHost) -> str:
+        return "tcp://127.0.0.1:*"
+
+    def connect(self, server: ForkedServer) -> RemoteClient:
+        client = RemoteClient(server.endpoint, "test", timeout_seconds=10, map_pool=False)
+        assert client.wait_connected(10)
+        return client
+
+
+class TestFromAnotherHost(RemoteContract):
+    """The pool cannot be reached: data through the socket, and nothing else shows that the client lives."""
+
+    def endpoint(self, host: ServerHost) -> str:
+        return "tcp://127.0.0.1:*"
+
+    def before_connecting(self, host: ServerHost) -> None:
+        for path in host.directory.glob("*.pool"):
+            path.unlink()
