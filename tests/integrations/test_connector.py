@@ -317,6 +317,44 @@ def test_nothing_computed_on_missing_kv_is_stored(make_engine, client, monkeypat
     assert other.num_computed == 2 * 3
 
 
+def test_a_reset_takes_back_what_has_been_found(make_engine, client):
+    """New weights: neither hits found before nor KV computed before may be used after."""
+    make_engine().ask("a", PROMPT)
+    engine = make_engine(max_num_seqs=1, max_num_batched_tokens=64)
+    running = engine.add("running", [1, *PROMPT], 5)
+    engine.step()
+    waiting = engine.add("waiting", PROMPT, 1)
+    engine.connector.get_num_new_matched_tokens(waiting, 0)
+    assert leases(client)
+    engine.connector.reset_cache()
+    assert not leases(client)
+    engine.run()
+    assert list(running.output_token_ids) == expected_answer([1, *PROMPT], 5)
+    assert engine.num_computed == 201 + 4 + 200
+    other = make_engine()
+    other.ask("b", [1, *PROMPT])
+    assert other.num_computed == 201
+
+
+def test_errors_of_our_own_do_not_fail_requests(make_engine, client, monkeypatch, caplog):
+    make_engine().ask("a", PROMPT)
+    for broken in ("load", "store"):
+        engine = make_engine(prefix_caching=False)
+
+        def fail(*_):
+            raise ValueError("broken")
+
+        monkeypatch.setattr(engine.workers[0]._worker._copier, broken, fail)
+        for name in ("b", "c"):
+            prompt = [*PROMPT, ord(name)]
+            assert engine.ask(name, prompt, 3) == expected_answer(prompt, 3)
+        assert not leases(client)
+    engine = make_engine()
+    monkeypatch.setattr("kvstrata.integrations.vllm.hashes.root_hash", fail)
+    assert engine.ask("d", PROMPT, 3) == expected_answer(PROMPT, 3)
+    caplog.clear()  # its tracebacks hold payloads, and so the pool
+
+
 def test_what_was_computed_after_a_failed_load_is_stored(make_engine, client, monkeypatch):
     make_engine().ask("a", PROMPT)
     engine = make_engine()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvstrata.client.base import Client
 from kvstrata.config import Settings
 from kvstrata.integrations.vllm.hashes import UnknownExtraKeyError
 from kvstrata.integrations.vllm.metadata import LoadOp, StepMetadata, StoreOp, WorkerReport
 from kvstrata.integrations.vllm.tracking import Tracked, track
-from kvstrata.types import Namespace
+from kvstrata.types import Namespace, Piece
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class SchedulerSide:
@@ -80,11 +82,8 @@ class SchedulerSide:
             return 0, False
         lookup = tracked.begin_lookup()
         if lookup.hit is None:
-            try:
-                prefix = tracked.hashes_in(namespace).prefix(request.num_tokens)
-            except UnknownExtraKeyError as error:
-                logger.warning("Request %s is not cached: %s", request.request_id, error)
-                tracked.give_up()
+            prefix = _hashed(tracked, lambda: tracked.hashes_in(namespace).prefix(request.num_tokens))
+            if prefix is None:
                 return 0, False
             hit = self._client.lookup(lookup.lease_id, namespace, prefix)
             if hit.pending:
@@ -174,16 +173,11 @@ class SchedulerSide:
         ends_prompt = computed < request.num_prompt_tokens <= known
         if end <= first and not ends_prompt:
             return None
-        try:
-            pieces = tracked.hashes_in(namespace).chunks(first, end)
-            if ends_prompt and self._settings.save_unfull_chunk:
-                pieces += tracked.hashes_in(namespace).tail(request.num_prompt_tokens)
-        except UnknownExtraKeyError as error:
-            logger.warning("Request %s is not cached: %s", request_id, error)
-            tracked.give_up()
+        with_tail = ends_prompt and self._settings.save_unfull_chunk
+        pieces = _hashed(tracked, lambda: _pieces(tracked, namespace, first, end, with_tail=with_tail))
+        if pieces is None:
             return None
         tracked.stored_tokens = max(first, end) * chunk_size
-        pieces = [piece for piece in pieces if piece.chunk_hash not in tracked.known_hashes]
         blocks = output.kv_connector_block_state
         block_ids = blocks.get_block_ids(request_id) if blocks is not None and pieces else None
         if not block_ids:
@@ -235,12 +229,42 @@ class SchedulerSide:
             self._client.release(tracked.lookup.lease_id)
 
     def clear(self) -> None:
-        """Drop everything that is cached for this engine's namespace."""
+        """Drop everything that is cached for this engine's namespace, for example because of new weights."""
         if self.namespace is not None:
             self._client.clear(self._namespace)
         for tracked in self._requests.values():
             tracked.forget_stored()
+            # What has been found or computed before must not come back after.
+            if tracked.lookup is not None:
+                self._client.release(tracked.lookup.lease_id)
+                tracked.lookup = None
+            if tracked.request.num_computed_tokens > 0:
+                tracked.write = False
 
     def close(self) -> None:
         """Disconnect; the server ends what is left of the leases."""
         self._client.close()
+
+
+def _hashed(tracked: Tracked, compute: Callable[[], _T]) -> _T | None:
+    """The result of ``compute``; None, and the request is left alone, when its tokens cannot be hashed.
+
+    Whatever a request is made of, it is served: what cannot be hashed is only not cached.
+    """
+    try:
+        return compute()
+    except UnknownExtraKeyError as error:
+        logger.warning("Request %s is not cached: %s", tracked.request.request_id, error)
+    except Exception:
+        logger.exception("Request %s is not cached", tracked.request.request_id)
+    tracked.give_up()
+    return None
+
+
+def _pieces(tracked: Tracked, namespace: Namespace, first: int, end: int, *, with_tail: bool) -> list[Piece]:
+    """The chunks ``first .. end - 1``, and the end of the prompt, without what the last hit consisted of."""
+    hashes = tracked.hashes_in(namespace)
+    pieces = hashes.chunks(first, end)
+    if with_tail:
+        pieces += hashes.tail(tracked.request.num_prompt_tokens)
+    return [piece for piece in pieces if piece.chunk_hash not in tracked.known_hashes]

@@ -83,7 +83,7 @@ class WorkerSide:
         start = time.perf_counter()
         for op in step.metadata.loads:
             op_start = time.perf_counter()
-            if self._load_one(copier, op, step.metadata.namespace):
+            if self._try_load(copier, op, step.metadata.namespace):
                 if self._first:
                     num_tokens, seconds = op.end_token - op.first_token, time.perf_counter() - op_start
                     logger.info("Retrieved %d tokens in %.4f seconds", num_tokens, seconds)
@@ -100,6 +100,14 @@ class WorkerSide:
         copies_done = copier.ticket()
         self._running += [(copies_done, op.lease_id) for op in step.metadata.loads]
         step.load_seconds = time.perf_counter() - start
+
+    def _try_load(self, copier: PageCopier, op: LoadOp, namespace: Namespace) -> bool:
+        try:
+            return self._load_one(copier, op, namespace)
+        except Exception:
+            # The request is served all the same: vLLM computes blocks that are reported as failed.
+            logger.exception("Request %s: loading failed", op.request_id)
+            return False
 
     def _load_one(self, copier: PageCopier, op: LoadOp, namespace: Namespace) -> bool:
         payloads = self._client.payloads(op.lease_id, self._shard, op.hit, namespace)
@@ -143,9 +151,11 @@ class WorkerSide:
             self._register_pool(copier, reservation.pool_id)
             stored = self._copy_out(copier, ops, reservation)
             copier.wait()
-        except BaseException:
+        except Exception:
+            # A store that is lost is a later miss; the step's results are right.
+            logger.exception("Storing %d pieces failed", len(pieces))
             self._client.abort(reservation)
-            raise
+            return
         self._client.commit(reservation)
         seconds = time.perf_counter() - start
         if stored and self._first:
