@@ -19,7 +19,8 @@ from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Entry, Index, State, entry_key
 from kvstrata.cache.io import TierIO
 from kvstrata.cache.lookups import Lookup
-from kvstrata.cache.walk import Walk, best_cover, missing_candidates, walk
+from kvstrata.cache.prefetch import hold, plan_pieces, worth_loading
+from kvstrata.cache.walk import Walk, missing_candidates, walk
 from kvstrata.codecs.base import HEADER_BYTES, FrameHeader
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.metrics import Metrics
@@ -192,67 +193,21 @@ class Cache:
 
     def _plan_reads(self, lookup: Lookup) -> list[Job]:
         """Reserve slots for what the tiers hold and is worth loading."""
-        namespace = lookup.namespace
-        sources = {
-            piece.chunk_hash: tiers
-            for i, piece in enumerate(lookup.candidates)
-            if None not in (tiers := lookup.tiers_holding(i))
-        }
-        reached = walk(self.index, namespace, lookup.prefix, wait=False)
-        cover = best_cover(namespace, lookup.prefix, reached.next_block, set(sources))
-        transfers: dict[int, list[tuple[Transfer, Entry]]] = {}
-        for piece in self._worth_loading(lookup, cover, sources):
-            for shard, tier in enumerate(sources[piece.chunk_hash]):
-                if tier is None or not self._plan_read(lookup, piece, shard, tier, transfers):
-                    lookup.reason = MissReason.NO_SPACE
-                    return self._read_jobs(lookup, transfers)
-        return self._read_jobs(lookup, transfers)
-
-    def _worth_loading(
-        self, lookup: Lookup, cover: list[Piece], sources: dict[bytes, list[int | None]]
-    ) -> list[Piece]:
-        """The leading part of ``cover`` that the gate lets through."""
-        fingerprint, now = lookup.namespace.fingerprint, self._clock()
-        tokens: dict[int, int] = {}
-        for piece in cover:
-            tier = sources[piece.chunk_hash][0] or 0
-            tokens[tier] = tokens.get(tier, 0) + piece.num_tokens
-        for end, piece in enumerate(cover):
-            tier = sources[piece.chunk_hash][0] or 0
-            size = lookup.namespace.layout.payload_bytes(tokens[tier]) * lookup.namespace.world_size
-            if not self.gate.worth_loading(fingerprint, self.tiers[tier].name, tokens[tier], size, now):
-                lookup.reason = MissReason.GATED
-                self.metrics.gated(self.tiers[tier].name)
-                return cover[:end]
-        return cover
-
-    def _plan_read(
-        self,
-        lookup: Lookup,
-        piece: Piece,
-        shard: int,
-        tier: int,
-        transfers: dict[int, list[tuple[Transfer, Entry]]],
-    ) -> bool:
-        """Hold the entry of one shard for the lookup, and note its read unless it is there or on its way."""
-        entry = self.index.get(piece.chunk_hash, shard)
-        if entry is None:
-            entry = self.index.insert(lookup.namespace, piece, shard, State.LOADING)
-            if entry is None:
-                return False
-            transfers.setdefault(tier, []).append((self._transfer(entry, piece), entry))
-        if entry.state is State.LOADING:
-            lookup.fetched[entry.key] = self.tiers[tier].name
-        lookup.lease(entry)
-        return True
-
-    def _read_jobs(self, lookup: Lookup, transfers: dict[int, list[tuple[Transfer, Entry]]]) -> list[Job]:
+        names = [tier.name for tier in self.tiers]
+        plan, slow = worth_loading(plan_pieces(self.index, lookup), lookup, self.gate, names, self._clock())
+        if slow is not None:
+            lookup.reason = MissReason.GATED
+            self.metrics.gated(slow)
+        reads, had_room = hold(self.index, lookup, plan, names)
+        if not had_room:
+            lookup.reason = MissReason.NO_SPACE
         jobs: list[Job] = []
-        for tier, pairs in transfers.items():
-            entries = {transfer.key: entry for transfer, entry in pairs}
+        for tier in sorted({read.tier for read in reads}):
+            mine = [read for read in reads if read.tier == tier]
+            transfers = [self._transfer(read.entry, read.piece) for read in mine]
+            entries = {t.key: read.entry for t, read in zip(transfers, mine, strict=True)}
             done = partial(self._loaded, lookup, tier, entries)
-            measured = partial(self._measured, tier)
-            jobs.append(partial(self.tiers[tier].read, [transfer for transfer, _ in pairs], done, measured))
+            jobs.append(partial(self.tiers[tier].read, transfers, done, partial(self._measured, tier)))
         return jobs
 
     def _loaded(
@@ -294,9 +249,8 @@ class Cache:
             for piece in pieces:
                 entry = self.index.get(piece.chunk_hash, shard)
                 if (owner, entry_key(piece.chunk_hash, shard)) in self._reserved:
-                    slots.append(
-                        None
-                    )  # also when it was dropped since: its end must not be taken for another's
+                    # Also when it was dropped since: its commit must not be taken for that of a new slot.
+                    slots.append(None)
                 elif entry is not None:
                     slots.append(None)
                     if entry.state is State.READY:

@@ -88,7 +88,7 @@ def _take(index: Index, namespace: Namespace, piece: Piece, result: Walk, *, wai
     loading = []
     for shard in range(namespace.world_size):
         entry = index.get(piece.chunk_hash, shard)
-        if entry is None or entry.state is State.WRITING or not _fits(entry, piece, namespace):
+        if entry is None or entry.state is State.WRITING or not fits(entry, piece, namespace):
             return False
         if entry.state is State.LOADING:
             loading.append(entry)
@@ -102,7 +102,7 @@ def _take(index: Index, namespace: Namespace, piece: Piece, result: Walk, *, wai
     return True
 
 
-def _fits(entry: Entry, piece: Piece, namespace: Namespace) -> bool:
+def fits(entry: Entry, piece: Piece, namespace: Namespace) -> bool:
     """Whether an entry is what the chain says. The hash covers all of it, so this never fails in practice.
 
     Namespaces are interned by ``cache.Cache``, hence identity.
