@@ -8,6 +8,7 @@ came from is checked against the cache server's own count of hit tokens.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ class TTFTConfig(msgspec.Struct, frozen=True, kw_only=True):
     repeats: int = 3
     """Warm requests per prompt and tier, each next to a hit in vLLM's own prefix cache."""
     answer_tokens: int = 4
+    pause_seconds: float = 2.0
+    """Before each request. vLLM's worker processes spin for a second after one, and take a core from others."""
     model: str | None = None
     """Folder of the model; SmolLM2-135M by default."""
     cache_dir: str = ".cache"
@@ -214,6 +217,7 @@ class Session:
         return self._ask(self._engines.plain or self._engines.ours, prompt)
 
     def _ask(self, server: VLLMClient, prompt: list[int]) -> float:
+        time.sleep(self._config.pause_seconds)
         return server.complete(prompt, max_tokens=self._config.answer_tokens).ttft_seconds
 
 
@@ -254,10 +258,11 @@ def _report(config: TTFTConfig, machine: Environment, measured: Measured) -> Rep
 
 _METHOD = (
     "{config.prompts} prompts of {config.prompt_tokens} tokens of natural text, after one of warm-up. Two vLLMs "
-    "take turns on the same machine, one without connector (the reference: its cold TTFT for cold, a hit in its own "
-    "prefix cache for the others), one with ours in embedded mode, Redis and disk below L1. Before each request to "
-    "ours its own prefix cache is emptied; for redis and disk L1 too, for disk our keys in Redis as well. "
-    "{config.repeats} requests per prompt and tier; ratios are medians of the ratios of neighbours."
+    "take turns on the same machine, {config.pause_seconds:g} s apart: one without connector (the reference: its "
+    "cold TTFT for cold, a hit in its own prefix cache for the others), one with ours in embedded mode, Redis and "
+    "disk below L1. Before each request to ours its own prefix cache is emptied; for redis and disk L1 too, for "
+    "disk our keys in Redis as well. {config.repeats} requests per prompt and tier; ratios are medians of the "
+    "ratios of neighbours."
 )
 
 

@@ -20,7 +20,7 @@ from kvstrata.cache.index import Entry, Index, State, entry_key
 from kvstrata.cache.io import TierIO
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.prefetch import hold, plan_pieces, worth_loading
-from kvstrata.cache.walk import Walk, missing_candidates, walk
+from kvstrata.cache.walk import Walk, first_missing, missing_candidates, walk
 from kvstrata.codecs.base import HEADER_BYTES, FrameHeader
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.metrics import Metrics
@@ -151,10 +151,8 @@ class Cache:
         return lookup.hit
 
     def _why_missing(self, lookup: Lookup, reached: Walk) -> MissReason:
-        candidates = missing_candidates(lookup.namespace, lookup.prefix, reached.next_block)
-        if not candidates:
-            return MissReason.ABSENT
-        return self.index.why_missing(candidates[0].chunk_hash, 0)
+        first = first_missing(lookup.namespace, lookup.prefix, reached.next_block)
+        return MissReason.ABSENT if first is None else self.index.why_missing(first.chunk_hash, 0)
 
     # Prefetch
 

@@ -116,13 +116,22 @@ def fits(entry: Entry, piece: Piece, namespace: Namespace) -> bool:
 
 def missing_candidates(namespace: Namespace, prefix: Prefix, first_block: int) -> list[Piece]:
     """What lower tiers could add to a walk that ended at ``first_block``, in the order of the sequence."""
+    return list(_missing(namespace, prefix, first_block))
+
+
+def first_missing(namespace: Namespace, prefix: Prefix, first_block: int) -> Piece | None:
+    """The first of them, without making the others: a prompt of 32,000 tokens has 2,000, which take 3 ms."""
+    return next(_missing(namespace, prefix, first_block), None)
+
+
+def _missing(namespace: Namespace, prefix: Prefix, first_block: int) -> Iterator[Piece]:
     per_chunk = namespace.blocks_per_chunk
-    pieces = []
     for start in range(first_block // per_chunk * per_chunk, prefix.num_blocks, per_chunk):
-        pieces += [piece for piece, end in position_candidates(namespace, prefix, start) if end > first_block]
+        for piece, end in position_candidates(namespace, prefix, start):
+            if end > first_block:
+                yield piece
     if prefix.remainder_hash:
-        pieces.append(_remainder(namespace, prefix))
-    return pieces
+        yield _remainder(namespace, prefix)
 
 
 def best_cover(namespace: Namespace, prefix: Prefix, first_block: int, held: set[bytes]) -> list[Piece]:

@@ -5,6 +5,7 @@ A benchmark is imported when it is called for: their dependencies take a while, 
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -32,6 +33,12 @@ Json = Annotated[
 ]
 Runs = Annotated[int | None, typer.Option("--runs", min=1, help="Runs after the warm-up.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when a target is missed.")]
+
+
+@app.callback()
+def _end_cleanly() -> None:
+    # What a benchmark started and wrote is taken back when it is told to end, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @app.command("lookup", epilog="Example: kvstrata bench lookup --chunks 100000 --transport tcp")
