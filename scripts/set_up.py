@@ -31,6 +31,9 @@ LOG = ROOT / ".cache" / "set-up.log"
 NEEDED_GB = {"tools": 1, "demo": 10, "all": 10}
 """Free room that a first set-up wants: 4 GB with a torch for CPU, 9 GB where pip finds only the CUDA build."""
 
+TELLING = ("No space left", "Could not find a version", "ConnectionError", "ReadTimeout", "CERTIFICATE")
+"""What a line says that names the cause; without one the last error is shown."""
+
 
 class SetUpError(Exception):
     """One line that says what went wrong and where to look."""
@@ -219,8 +222,8 @@ def run(log: int, what: str, *command: str) -> None:
         file.seek(start)
         lines = [line.strip() for line in file if line.strip()]
     errors = [line for line in lines if "ERROR" in line or "Error" in line] or lines or [f"status {status}"]
-    # pip says the cause first and what follows from it last, except for a failed build.
-    telling = errors[-1].removeprefix("ERROR: ")[:300]
+    telling = next((line for line in errors if any(cause in line for cause in TELLING)), errors[-1])
+    telling = telling.removeprefix("ERROR: ")[:300]
     raise SetUpError(f"{what} failed: {telling} (all of it: {LOG.relative_to(ROOT)})")
 
 

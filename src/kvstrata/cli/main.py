@@ -14,7 +14,7 @@ from typing import Annotated, cast
 import typer
 
 from kvstrata import __version__
-from kvstrata.cli import bench, config, keys, server, version
+from kvstrata.cli import bench, config, demo, keys, server, version
 from kvstrata.errors import ConfigError, KVStrataError, PluginError
 
 OK, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -35,6 +35,7 @@ app.command("server", epilog=server.EXAMPLE)(server.server)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("version", epilog=version.EXAMPLE)(version.version)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -21,9 +22,18 @@ from typing import Self
 
 from kvstrata.testing import guard
 
+_CAUSE = re.compile(r"(Error|Exception|error|fatal)\b.*[:=]|[Cc]annot|in use")
+
 
 class ServerFailed(RuntimeError):  # noqa: N818  (what happened; the other exceptions read so too)
-    """A server did not start, or ended; the message names it and holds the end of its log."""
+    """A server did not start, or ended; the message holds the end of its log.
+
+    ``summary`` says the same in one line.
+    """
+
+    def __init__(self, message: str, summary: str = "") -> None:
+        super().__init__(message)
+        self.summary = summary or message
 
 
 def free_port() -> int:
@@ -134,18 +144,21 @@ class ServerProcess:
         start = time.monotonic()
         while True:
             if not self.running:
-                raise ServerFailed(f"{self.name} ended with status {self.returncode}; {self._end_of_log()}")
+                raise self._failed(f"{self.name} ended with status {self.returncode}")
             if self._ready():
                 return
             seconds = time.monotonic() - start
             if seconds > self._start_timeout_seconds:
-                raise ServerFailed(f"{self.name} was not ready after {seconds:.0f} s; {self._end_of_log()}")
+                raise self._failed(f"{self.name} was not ready after {seconds:.0f} s")
             if self._progress is not None:
                 self._progress(seconds)
             time.sleep(0.05)
 
-    def _end_of_log(self) -> str:
-        return f"the end of {self.log_path}:\n{self.log_tail()}"
+    def _failed(self, what: str) -> ServerFailed:
+        lines = [line.strip() for line in self.log_tail(200).splitlines() if line.strip()]
+        cause = next((line for line in reversed(lines) if _CAUSE.search(line)), "")
+        summary = f"{what}{': ' if cause else ''}{cause[:300]} (log: {self.log_path})"
+        return ServerFailed(f"{what}; the end of {self.log_path}:\n{self.log_tail()}", summary)
 
     def log_tail(self, num_lines: int = 30) -> str:
         """The last lines of its log."""
