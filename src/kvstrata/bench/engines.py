@@ -39,16 +39,26 @@ class Engines:
     plain: VLLMClient | None
     cache: CacheServer | None
     tokenize: Callable[[str], list[int]]
-    redis_version: str = ""
 
 
 class CacheServer:
     """The server behind the connector, seen from a client of its own."""
 
-    def __init__(self, endpoint: str, redis_url: str | None) -> None:
+    def __init__(self, endpoint: str, redis_url: str | None = None) -> None:
+        """Connect.
+
+        Args:
+            endpoint: where it listens.
+            redis_url: a Redis whose keys with our prefix may be deleted.
+
+        Raises:
+            ServerUnavailable: it does not answer.
+        """
+        self.endpoint = endpoint
         self._client = RemoteClient(endpoint, "bench", timeout_seconds=_TIMEOUT_SECONDS, map_pool=False)
         self._redis_url = redis_url
         if not self._client.wait_connected(_START_SECONDS):
+            self._client.close()
             raise ServerUnavailable(f"no cache server answers at {endpoint}")
 
     def tiers(self) -> list[str]:
@@ -59,12 +69,13 @@ class CacheServer:
         """Empty L1; the tiers keep what they hold."""
         self._client.clear(tiers=False)
 
-    def empty_redis(self) -> None:
-        """Delete our keys from Redis behind the server's back."""
-        if self._redis_url is None:
-            return
-        with contextlib.closing(open_tier(redis_tier(self._redis_url))) as tier:
+    def empty_tier(self, name: str) -> bool:
+        """Delete our keys from a tier behind the server's back; whether that is possible (Redis of our own)."""
+        if name != "redis" or self._redis_url is None:
+            return False
+        with contextlib.closing(open_tier(_redis_tier(self._redis_url))) as tier:
             tier.delete(list(tier.scan()))
+        return True
 
     def drain(self) -> None:
         """Wait until everything that was stored is in the tiers."""
@@ -89,7 +100,7 @@ class CacheServer:
         self._client.close()
 
 
-def redis_tier(url: str) -> TierConfig:
+def _redis_tier(url: str) -> TierConfig:
     """The tier of the benchmark's own keys."""
     config = tier_from_url(url)
     return msgspec.structs.replace(config, options=config.options | {"key_prefix": KEY_PREFIX})
@@ -140,7 +151,7 @@ def started(
         (control,) = (directory / "run").glob("embedded-*/control.sock")
         cache = CacheServer(f"ipc://{control}", redis_url)
         stack.callback(cache.close)
-        stack.callback(cache.empty_redis)
+        stack.callback(cache.empty_tier, "redis")
         folder = model
         yield Engines(ours, plain, cache, lambda text: tokenize(folder, text))
 
@@ -155,9 +166,7 @@ def _valkey() -> str | None:
 
 
 @contextlib.contextmanager
-def running(
-    url: str, *, plain_url: str | None, cache_endpoint: str | None, redis_url: str | None
-) -> Iterator[Engines]:
+def running(url: str, *, plain_url: str | None, cache_endpoint: str | None) -> Iterator[Engines]:
     """Servers that run already.
 
     Raises:
@@ -169,7 +178,7 @@ def running(
     with contextlib.ExitStack() as stack:
         cache = None
         if cache_endpoint is not None:
-            cache = CacheServer(cache_endpoint, redis_url)
+            cache = CacheServer(cache_endpoint)
             stack.callback(cache.close)
         yield Engines(ours, plain, cache, lambda text: _tokenize(ours, text))
 

@@ -25,7 +25,7 @@ import msgspec
 from kvstrata.bench.report import Report, Target, environment
 from kvstrata.client import RemoteClient, connect
 from kvstrata.config import Settings
-from kvstrata.errors import ServerUnavailable
+from kvstrata.errors import ConfigError, ServerUnavailable
 from kvstrata.hashing import PrefixHasher, full_chunks, root_hash
 from kvstrata.memory.pool import SLOT_ALIGNMENT_BYTES
 from kvstrata.testing.guard import descendants
@@ -72,8 +72,12 @@ def run(config: LookupConfig, progress: Callable[[str], None] = lambda _: None) 
     """Measure. The server's pool takes ``chunks`` times 4 KiB of memory meanwhile.
 
     Raises:
+        ConfigError: the index is to be smaller than what is looked up.
         KVStrataError: the server cannot be started.
     """
+    min_chunks = config.prompt_tokens // config.chunk_size * _NUM_PROMPTS
+    if not 0 < min_chunks <= config.chunks:
+        raise ConfigError(f"{config.chunks} chunks; the prompts that are looked up have {min_chunks}")
     machine = environment()
     measured = [
         sizes for transport in config.transports for sizes in _measure_transport(config, transport, progress)

@@ -109,7 +109,6 @@ def _engines(config: TTFTConfig, progress: Callable[[str], None]) -> Iterator[En
             config.url,
             plain_url=config.plain_url,
             cache_endpoint=config.cache_endpoint,
-            redis_url=config.redis_url,
         ) as engines:
             yield engines
         return
@@ -161,12 +160,10 @@ class Session:
             return
         cache.drain()
         self._warm("l1", prompt)
-        tiers = cache.tiers()
-        if "redis" in tiers:
-            self._warm("redis", prompt, prepare=cache.empty_l1)
-            cache.empty_redis()
-        if "disk" in tiers:
-            self._warm("disk", prompt, prepare=cache.empty_l1)
+        for tier in cache.tiers():
+            self._warm(tier, prompt, prepare=cache.empty_l1)
+            if not cache.empty_tier(tier):
+                return  # it would answer for those below it, too
 
     def _cold(self, prompt: list[int], *, ours_first: bool) -> None:
         plain = self._engines.plain
@@ -267,4 +264,5 @@ _METHOD = (
 
 
 def _ordered(ratios: dict[str, float]) -> dict[str, float]:
-    return {name: ratios[name] for name in _TARGETS if name in ratios}
+    """Those with a target first, in the order of the targets."""
+    return {name: ratios[name] for name in [*_TARGETS, *ratios] if name in ratios}

@@ -36,15 +36,16 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when a targe
 
 
 @app.callback()
-def _end_cleanly() -> None:
+def _end_cleanly(context: typer.Context) -> None:
     # What a benchmark started and wrote is taken back when it is told to end, as on Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
 @app.command("lookup", epilog="Example: kvstrata bench lookup --chunks 100000 --transport tcp")
 def lookup(
     *,
-    chunks: Annotated[int, typer.Option(min=10_000, help="Size of the index in the end.")] = 1_000_000,
+    chunks: Annotated[int, typer.Option(min=1, help="Size of the index in the end.")] = 1_000_000,
     prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of a looked-up prompt.")] = 32_000,
     transport: Annotated[
         list[str] | None, typer.Option(metavar="ipc|tcp", help="May be given twice. Default: both.")

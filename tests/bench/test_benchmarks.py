@@ -1,0 +1,102 @@
+"""The benchmarks themselves, small, on real servers. Nothing is asserted on how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstrata.bench import lookup, tier
+from kvstrata.cli import main
+from kvstrata.config import tier_from_url
+from kvstrata.errors import ConfigError
+from kvstrata.testing.redis_server import RedisServer
+from kvstrata.tiers.open import open_tier
+
+SMALL_FRAMES = {"frame_bytes": 65_536, "num_frames": 3, "contains_keys": 10, "runs": 2}
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    with RedisServer(["maxmemory 256mb", "maxmemory-policy allkeys-lru"]) as server:
+        yield server
+
+
+def test_lookup_measures_both_transports() -> None:
+    config = lookup.LookupConfig(chunks=1000, prompt_tokens=2048, lookups=10, runs=1)
+    report = lookup.run(config)
+    assert [row[:2] for row in report.rows] == [("ipc", 1000), ("tcp", 1000)]
+    assert list(report.ratios) == ["p50_ms", "p99_ms", "bytes_per_chunk"]
+    assert 0 < report.ratios["p50_ms"] <= report.ratios["p99_ms"]
+
+
+def test_lookup_measures_at_powers_of_ten_on_the_way() -> None:
+    config = lookup.LookupConfig(chunks=12_000, prompt_tokens=512, lookups=5, runs=1, transports=("ipc",))
+    report = lookup.run(config)
+    assert [row[1] for row in report.rows] == [10_000, 12_000]
+    # An entry is an object, a key and a place in several dicts.
+    assert 200 < report.ratios["bytes_per_chunk"] < 2000
+
+
+def test_lookup_refuses_an_index_smaller_than_its_prompts() -> None:
+    with pytest.raises(ConfigError, match="10 chunks"):
+        lookup.run(lookup.LookupConfig(chunks=10))
+
+
+def test_copy_measures_both_ways() -> None:
+    pytest.importorskip("torch", reason="torch is not installed: make setup")
+    from kvstrata.bench import copy  # noqa: PLC0415
+
+    config = copy.CopyConfig(num_layers=2, num_blocks=4, engine_blocks=8, runs=2)
+    report = copy.run(config)
+    assert list(report.ratios) == ["store_over_memcpy", "retrieve_over_memcpy"]
+    assert config.page_bytes == 98_304
+    assert all(len(values) == 2 and min(values) > 0 for values in report.samples.values())
+
+
+def test_tier_on_redis_leaves_nothing_there(redis_server: RedisServer) -> None:
+    report = tier.run(tier.TierBenchConfig(url=redis_server.url, **SMALL_FRAMES))
+    assert list(report.ratios) == ["read_over_raw", "write_over_raw"]
+    assert len(report.samples["read"]) == len(report.samples["raw_read"]) == 2
+    opened = open_tier(tier_from_url(redis_server.url))
+    try:
+        assert list(opened.scan()) == []
+    finally:
+        opened.close()
+
+
+def test_tier_on_disk_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("untouched")
+    report = tier.run(tier.TierBenchConfig(url=f"file://{tmp_path}", **SMALL_FRAMES))
+    assert set(report.ratios) == {"read_over_raw", "write_over_raw"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_tier_hides_a_password_and_wants_a_directory(tmp_path: Path) -> None:
+    with RedisServer(password="geheim") as server:
+        report = tier.run(tier.TierBenchConfig(url=server.url, **SMALL_FRAMES))
+    assert "geheim" not in json.dumps(report.config)
+    with pytest.raises(ConfigError, match="no directory"):
+        tier.run(tier.TierBenchConfig(url=f"file://{tmp_path}/absent"))
+
+
+def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    into = tmp_path / "tier.json"
+    arguments = ["bench", "tier", f"file://{tmp_path}", "--frame-bytes", "8192", "--runs", "2"]
+    assert main([*arguments, "--json", str(into)]) == 0
+    table = capsys.readouterr().out
+    assert "read_over_raw" in table
+    report = json.loads(into.read_bytes())
+    assert set(report["ratios"]) == {"read_over_raw", "write_over_raw"}
+    assert report["environment"]["cores"] >= 1
+    assert main([*arguments, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["benchmark"] == "tier"
+
+
+def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tier", "gopher://x"]) == 2
+    assert "gopher" in capsys.readouterr().err
+    assert main(["bench", "lookup", "--transport", "pigeon"]) == 2
+    assert "pigeon" in capsys.readouterr().err
