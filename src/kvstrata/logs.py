@@ -40,7 +40,7 @@ class _Colouring(logging.Formatter):
         return f"{colour}{text}{_PLAIN}" if colour else text
 
 
-class _OwnHandler(logging.StreamHandler[TextIO]):
+class _LogStream(logging.StreamHandler[TextIO]):
     """A type of its own, so that a second call finds the handler of the first."""
 
 
@@ -64,10 +64,10 @@ def configure_logging(level: str | None = None, stream: TextIO | None = None) ->
         allowed = ", ".join(name for name in _LEVELS if name != "WARN")
         raise ConfigError(f"log_level = {level!r} (from {source}) is not allowed: expected {allowed}")
     stream = sys.stderr if stream is None else stream
-    handler = _OwnHandler(stream)
+    handler = _LogStream(stream)
     coloured = stream.isatty() and not os.environ.get("NO_COLOR")
     handler.setFormatter((_Colouring if coloured else logging.Formatter)(_FORMAT))
     logger = logging.getLogger(LOGGER_NAME)
-    logger.handlers = [*(old for old in logger.handlers if not isinstance(old, _OwnHandler)), handler]
+    logger.handlers = [*(old for old in logger.handlers if not isinstance(old, _LogStream)), handler]
     logger.setLevel(_LEVELS[level.upper()])
     logger.propagate = False

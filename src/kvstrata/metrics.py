@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from kvstrata import __version__
+from kvstrata.__about__ import __version__
 from kvstrata.types import MissReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

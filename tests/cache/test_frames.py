@@ -10,9 +10,10 @@ import msgspec
 import pytest
 
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, prepare, read_buffer, seal
-from kvstrata.codecs.base import HEADER_BYTES, Codec, FrameHeader
+from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.errors import FrameError
+from kvstrata.frame import HEADER_BYTES, FrameHeader
 from kvstrata.types import MissReason
 
 PAYLOAD_BYTES = 10_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstrata.cache.index import Entry, Index, State
-from kvstrata.codecs.base import HEADER_BYTES
+from kvstrata.frame import HEADER_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.base import EvictionPolicy
 from kvstrata.policies.lru import LRUPolicy

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvstrata.cli import main
-from kvstrata.codecs.base import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.config import tier_from_url
+from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.testing.tier import make_keys
 from kvstrata.tiers.base import Tier

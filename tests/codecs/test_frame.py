@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstrata.codecs.base import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.errors import FrameError
+from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.types import MissReason
 
 u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))

@@ -12,8 +12,8 @@ from urllib.parse import quote
 import pytest
 import redis
 
-from kvstrata.codecs.base import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
+from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, namespace, read_frames
 from kvstrata.tiers.base import Tier

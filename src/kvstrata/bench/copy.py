@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from kvstrata.bench.report import Report, Target, environment, median
-from kvstrata.codecs.base import HEADER_BYTES
+from kvstrata.frame import HEADER_BYTES
 from kvstrata.memory.pool import slot_bytes
 from kvstrata.memory.region import SharedRegion
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kvstrata import __version__
+from kvstrata.__about__ import __version__
 
 
 class Target(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -18,10 +18,10 @@ import msgspec
 
 from kvstrata.bench.report import Environment, Report, Target, environment, median
 from kvstrata.cache.io import BATCH_BYTES
-from kvstrata.codecs.base import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.config import mask, tier_from_url
 from kvstrata.errors import ConfigError, TierError
+from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.testing.raw import raw_loop
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.open import open_tier

@@ -21,8 +21,8 @@ from kvstrata.cache.io import TierIO
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.prefetch import hold, plan_pieces, worth_loading
 from kvstrata.cache.walk import Walk, first_missing, missing_candidates, walk
-from kvstrata.codecs.base import HEADER_BYTES, FrameHeader
 from kvstrata.codecs.naive import NaiveCodec
+from kvstrata.frame import HEADER_BYTES, FrameHeader
 from kvstrata.metrics import Metrics
 from kvstrata.types import NO_HIT, PENDING, Hit, Miss, MissReason, Namespace, Piece, Prefix, Slot
 

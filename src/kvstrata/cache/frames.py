@@ -6,9 +6,10 @@ import threading
 
 import msgspec
 
-from kvstrata.codecs.base import HEADER_BYTES, Codec, FrameHeader, payload_checksum
+from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.errors import FrameError
+from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.types import Miss, MissReason
 
 

@@ -15,7 +15,7 @@ import enum
 import itertools
 from collections.abc import Iterable
 
-from kvstrata.codecs.base import HEADER_BYTES
+from kvstrata.frame import HEADER_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.base import EvictionPolicy
 from kvstrata.types import MissReason, Namespace, Piece

@@ -14,9 +14,9 @@ import msgspec
 import typer
 
 from kvstrata.cli.output import AsJson, ConfigFile, print_json, print_table
-from kvstrata.codecs.base import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.config import TierConfig, load_settings, tier_configs, tier_from_url, unbounded
 from kvstrata.errors import ConfigError, FrameError
+from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.open import open_tier
 from kvstrata.types import Miss, parse_key

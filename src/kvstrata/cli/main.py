@@ -13,7 +13,7 @@ from typing import Annotated, cast
 
 import typer
 
-from kvstrata import __version__
+from kvstrata.__about__ import __version__
 from kvstrata.cli import bench, config, demo, keys, server, version
 from kvstrata.errors import ConfigError, KVStrataError, PluginError
 

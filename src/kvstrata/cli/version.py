@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 
-from kvstrata import __version__, plugins
+from kvstrata import plugins
+from kvstrata.__about__ import __version__
 from kvstrata.cli.output import AsJson, print_json
 
 EXAMPLE = "Example: kvstrata version --json"

@@ -23,6 +23,7 @@ class NaiveCodec(Codec):
         return len(payload)
 
     def decode(self, encoded: memoryview, parameters: str, into: memoryview) -> None:
+        del parameters  # there are none
         if len(encoded) != len(into):
             raise FrameError(
                 MissReason.CORRUPT, f"{len(encoded)} bytes where a payload of {len(into)} was expected"

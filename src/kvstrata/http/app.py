@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
-from kvstrata import __version__
+from kvstrata.__about__ import __version__
 from kvstrata.metrics import CONTENT_TYPE
 
 HEALTHY = frozenset({"ok", "degraded"})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import assert_never
 
-from kvstrata import __version__
+from kvstrata.__about__ import __version__
 from kvstrata.cache.cache import Cache
 from kvstrata.errors import ProtocolError
 from kvstrata.protocol import messages as m

@@ -12,7 +12,7 @@ from typing import Any
 
 import zmq
 
-from kvstrata import __version__
+from kvstrata.__about__ import __version__
 from kvstrata.cache.build import build_cache
 from kvstrata.config import Settings
 from kvstrata.errors import ConfigError, ProtocolError

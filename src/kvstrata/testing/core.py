@@ -12,8 +12,9 @@ from kvstrata.cache.cache import Cache
 from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Index, State
 from kvstrata.cache.io import TierIO
-from kvstrata.codecs.base import HEADER_BYTES, Codec
+from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
+from kvstrata.frame import HEADER_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.metrics import Metrics
 from kvstrata.policies.base import EvictionPolicy

@@ -25,7 +25,7 @@ from kvstrata.testing import guard
 _CAUSE = re.compile(r"(Error|Exception|error|fatal)\b.*[:=]|[Cc]annot|in use")
 
 
-class ServerFailed(RuntimeError):  # noqa: N818  (what happened; the other exceptions read so too)
+class ServerFailed(RuntimeError):
     """A server did not start, or ended; the message holds the end of its log.
 
     ``summary`` says the same in one line.

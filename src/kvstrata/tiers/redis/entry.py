@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvstrata.codecs.base import FRAME_VERSION, HEADER_BYTES, FrameHeader
 from kvstrata.errors import FrameError
+from kvstrata.frame import FRAME_VERSION, HEADER_BYTES, FrameHeader
 from kvstrata.types import parse_key
 
 VALUE_SUFFIX = b"kv_bytes"

@@ -1,0 +1,127 @@
+"""The frame header.
+
+A **frame** is what a tier stores: a header of fixed size, then the encoded payload. It describes itself,
+so that a reader can tell a right frame from one that is corrupt, truncated, foreign or stale.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Self
+
+import msgspec
+import xxhash
+
+from kvstrata.errors import FrameError
+from kvstrata.types import MissReason
+
+MAGIC = b"KVST"
+FRAME_VERSION = 1
+HEADER_BYTES = 256
+
+_FIELDS = struct.Struct("<4sHHIIQIIQQ16s32s32s16sQ16s16s32s")
+_CHECKSUM = struct.Struct("<Q")
+_CHECKSUM_AT = HEADER_BYTES - _CHECKSUM.size
+
+
+class FrameHeader(msgspec.Struct, frozen=True):
+    """What the first :data:`HEADER_BYTES` bytes of a frame say.
+
+    Little-endian: magic, version, header bytes, KV cache group, shard, first token, tokens, block size,
+    payload bytes, encoded bytes, layout fingerprint, chunk hash, tokens hash, checksum of the encoded
+    payload (xxh3-128), creation time, codec, dtype, codec parameters, padding, checksum of the header.
+    """
+
+    shard: int
+    first_token: int
+    """Position of the first token in the sequence it was computed in."""
+    num_tokens: int
+    block_size: int
+    payload_bytes: int
+    encoded_bytes: int
+    layout_fingerprint: bytes
+    chunk_hash: bytes
+    tokens_hash: bytes
+    """SHA-256 of the tokens alone, without their prefix; zeros when not known."""
+    payload_checksum: bytes
+    """xxh3-128 of the encoded payload."""
+    created_at: int
+    """Unix seconds."""
+    codec: str
+    dtype: str
+    codec_parameters: str = ""
+    group: int = 0
+    """KV cache group, for hybrid models; 0 for plain ones."""
+
+    def pack_into(self, buffer: memoryview) -> None:
+        """Write the header to the first :data:`HEADER_BYTES` bytes of ``buffer``."""
+        _FIELDS.pack_into(
+            buffer,
+            0,
+            MAGIC,
+            FRAME_VERSION,
+            HEADER_BYTES,
+            self.group,
+            self.shard,
+            self.first_token,
+            self.num_tokens,
+            self.block_size,
+            self.payload_bytes,
+            self.encoded_bytes,
+            self.layout_fingerprint,
+            self.chunk_hash,
+            self.tokens_hash,
+            self.payload_checksum,
+            self.created_at,
+            self.codec.encode(),
+            self.dtype.encode(),
+            self.codec_parameters.encode(),
+        )
+        buffer[_FIELDS.size : _CHECKSUM_AT] = bytes(_CHECKSUM_AT - _FIELDS.size)
+        _CHECKSUM.pack_into(buffer, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(buffer[:_CHECKSUM_AT]))
+
+    @classmethod
+    def unpack(cls, buffer: memoryview | bytes) -> Self:
+        """Read a header.
+
+        Raises:
+            FrameError: too short, no magic, another version, or the header's checksum is wrong.
+        """
+        view = memoryview(buffer)
+        if len(view) < HEADER_BYTES:
+            raise FrameError(MissReason.CORRUPT, f"frame of {len(view)} bytes is shorter than a header")
+        fields = _FIELDS.unpack_from(view)
+        magic, version, header_bytes = fields[:3]
+        if magic != MAGIC:
+            raise FrameError(MissReason.CORRUPT, f"not a frame of kvstrata (magic {magic!r})")
+        if version != FRAME_VERSION or header_bytes != HEADER_BYTES:
+            raise FrameError(MissReason.LAYOUT_MISMATCH, f"frame version {version} is not understood")
+        (expected,) = _CHECKSUM.unpack_from(view, _CHECKSUM_AT)
+        if xxhash.xxh3_64_intdigest(view[:_CHECKSUM_AT]) != expected:
+            raise FrameError(MissReason.CORRUPT, "the header's checksum is wrong")
+        return cls(
+            group=fields[3],
+            shard=fields[4],
+            first_token=fields[5],
+            num_tokens=fields[6],
+            block_size=fields[7],
+            payload_bytes=fields[8],
+            encoded_bytes=fields[9],
+            layout_fingerprint=fields[10],
+            chunk_hash=fields[11],
+            tokens_hash=fields[12],
+            payload_checksum=fields[13],
+            created_at=fields[14],
+            codec=_text(fields[15]),
+            dtype=_text(fields[16]),
+            codec_parameters=_text(fields[17]),
+        )
+
+
+def _text(field: bytes) -> str:
+    return field.rstrip(b"\0").decode("ascii", "replace")
+
+
+def payload_checksum(data: memoryview | bytes) -> bytes:
+    """xxh3-128 of an encoded payload, 16 bytes."""
+    return xxhash.xxh3_128_digest(data)
