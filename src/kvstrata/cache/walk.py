@@ -56,26 +56,30 @@ def _remainder(namespace: Namespace, prefix: Prefix) -> Piece:
 
 def position_candidates(namespace: Namespace, prefix: Prefix, start: int) -> Iterator[tuple[Piece, int]]:
     """The candidates of the chunk that starts at block ``start``, longest first, with the block each ends at."""
-    last = min(start + namespace.blocks_per_chunk, prefix.num_blocks)
-    for end in range(last, start, -1):
+    for end in _candidate_ends(start, namespace.blocks_per_chunk, prefix.num_blocks):
         yield _piece(namespace, prefix, start, end), end
+
+
+def _candidate_ends(start: int, per_chunk: int, num_blocks: int) -> range:
+    """The blocks at which the candidates of a chunk end, the longest first."""
+    return range(min(start + per_chunk, num_blocks), start, -1)
 
 
 def walk(index: Index, namespace: Namespace, prefix: Prefix, *, wait: bool) -> Walk:
     """How far L1 reaches along ``prefix``; with ``wait``, entries that are being read stop it for now."""
     result = Walk([], [], [], 0, False)
-    per_chunk = namespace.blocks_per_chunk
+    per_chunk, num_blocks = namespace.blocks_per_chunk, prefix.num_blocks
     on_boundary = True
-    while on_boundary and result.next_block < prefix.num_blocks:
+    while on_boundary and result.next_block < num_blocks:
         start = result.next_block
-        for piece, end in position_candidates(namespace, prefix, start):
-            if _take(index, namespace, piece, result, wait=wait):
+        for end in _candidate_ends(start, per_chunk, num_blocks):
+            if _take(index, namespace, _piece(namespace, prefix, start, end), result, wait=wait):
                 result.next_block = end
                 break
             if result.loading:
                 return result
         on_boundary = result.next_block == start + per_chunk
-    if result.next_block == prefix.num_blocks:
+    if result.next_block == num_blocks:
         result.complete = not prefix.remainder_hash or _take(
             index, namespace, _remainder(namespace, prefix), result, wait=wait
         )
