@@ -336,6 +336,21 @@ def test_a_reset_takes_back_what_has_been_found(make_engine, client):
     assert other.num_computed == 201
 
 
+def test_what_was_computed_while_the_server_was_away_is_offered_later(make_engine, client, monkeypatch, log):
+    engine = make_engine(max_num_batched_tokens=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(client), "connected", False)
+        engine.add("a", PROMPT, 5)
+        engine.step()
+        engine.step()
+        assert not any(message.startswith(("Reqid", "Storing")) for message in log())
+    engine.run()
+    assert "Storing KV cache for 192 out of 200 tokens for request a" in log()
+    other = make_engine()
+    assert other.ask("b", PROMPT, 3) == expected_answer(PROMPT, 3)
+    assert other.num_computed == 3
+
+
 def test_errors_of_our_own_do_not_fail_requests(make_engine, client, monkeypatch, caplog):
     make_engine().ask("a", PROMPT)
     for broken in ("load", "store"):

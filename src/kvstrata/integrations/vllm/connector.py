@@ -79,7 +79,11 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _connect(self, name: str, *, map_pool: bool) -> Client:
         engine_id = self._kv_transfer_config.engine_id
-        return connect(self._resolved.settings, name=name, engine_id=engine_id, map_pool=map_pool)
+        client = connect(self._resolved.settings, name=name, engine_id=engine_id, map_pool=map_pool)
+        if not client.connected:
+            where = self._resolved.settings.server_url or "the embedded server's address"
+            logger.warning("%s: no server at %s yet. Until it is there nothing is cached", name, where)
+        return client
 
     @property
     def _block_size(self) -> int:

@@ -70,6 +70,7 @@ class SchedulerSide:
 
     def add(self, request: Request) -> None:
         """A request has arrived."""
+        self._client.connected  # noqa: B018 (polls for a server that came back, before it is asked)
         self._requests[request.request_id] = track(request, reads=self._reads, writes=self._writes)
 
     def match(self, request: Request, num_local_tokens: int) -> tuple[int | None, bool]:
@@ -171,8 +172,8 @@ class SchedulerSide:
         first = tracked.stored_tokens // chunk_size
         end = stable // chunk_size
         ends_prompt = computed < request.num_prompt_tokens <= known
-        if end <= first and not ends_prompt:
-            return None
+        if (end <= first and not ends_prompt) or not self._client.connected:
+            return None  # what nobody takes now is offered again in a later step
         with_tail = ends_prompt and self._settings.save_unfull_chunk
         pieces = _hashed(tracked, lambda: _pieces(tracked, namespace, first, end, with_tail=with_tail))
         if pieces is None:

@@ -69,6 +69,7 @@ class WorkerSide:
 
     def begin_step(self, metadata: StepMetadata) -> None:
         """vLLM is about to run a step."""
+        self._client.connected  # noqa: B018 (polls for a server that came back, before it is needed)
         self._step = _Step(metadata, time.perf_counter())
 
     def end_step(self) -> None:
