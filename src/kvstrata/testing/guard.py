@@ -6,7 +6,7 @@ The owner holds the other end of standard input. When it closes that end, or die
 gets SIGTERM, after ``GRACE_SECONDS`` every process below it SIGKILL, and then the guard ends. As a child
 subreaper it is the parent of every descendant whose own parent died, so that none is missed, whatever session
 or process group it moved to. The shared memory that those processes alone had mapped under the names of
-Python's ``multiprocessing`` (vLLM's message queues) is unlinked.
+Python's ``multiprocessing`` (vLLM's message queues and those of its ranks) is unlinked.
 
 On standard output it says ``started PID``, and ``ended STATUS`` when the command has ended; the rest of the
 tree then stays until the owner closes standard input, so that a test can look at it.
@@ -29,7 +29,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-_SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|sem\.loky-)\S+")  # noqa: S108  (where it is, not where we put it)
+_SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)\S+")  # noqa: S108  (where it is, not where we put it)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
