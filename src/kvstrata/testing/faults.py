@@ -21,6 +21,8 @@ from kvstrata.tiers.base import Tier, TierOptions
 from kvstrata.tiers.disk import DiskOptions, DiskTier
 from kvstrata.types import Miss, MissReason, TierStats
 
+_MAX_SWAPPED = 20
+
 
 class Faults(msgspec.Struct):
     """What goes wrong. Rates are shares of operations, or of frames read, between 0 and 1."""
@@ -39,7 +41,7 @@ class Faults(msgspec.Struct):
     flipped_rate: float = 0.0
     """One bit of the frame is another."""
     swapped_rate: float = 0.0
-    """Another key's frame is delivered."""
+    """The frame of another key that was written lately is delivered."""
 
 
 class FaultyTier(Tier):
@@ -52,6 +54,7 @@ class FaultyTier(Tier):
         self.faults = faults or Faults()
         self._random = random.Random(seed)  # noqa: S311  chance for tests
         self._lock = threading.Lock()
+        self._written: list[str] = []
 
     def _chance(self, rate: float) -> bool:
         with self._lock:
@@ -76,10 +79,9 @@ class FaultyTier(Tier):
     def read(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[int | Miss]:
         faults = self._begin(reading=True)
         asked = list(keys)
-        if len(keys) > 1:
-            for position in range(len(keys)):
-                if self._chance(faults.swapped_rate):
-                    asked[position] = keys[self._below(len(keys))]
+        for position in range(len(keys)):
+            if self._written and self._chance(faults.swapped_rate):
+                asked[position] = self._written[self._below(len(self._written))]
         results = self.inner.read(asked, buffers)
         return [self._damage(faults, buffer, result) for buffer, result in zip(buffers, results, strict=True)]
 
@@ -98,6 +100,8 @@ class FaultyTier(Tier):
         if self._begin().full:
             raise TierFull("a fault that a test asked for")
         self.inner.write(keys, frames)
+        with self._lock:
+            self._written = [*self._written, *keys][-_MAX_SWAPPED:]
 
     def delete(self, keys: Sequence[str]) -> int:
         self._begin()
