@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,14 @@ class TTFTConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Where the running vLLM's cache server listens."""
 
 
+class Prompt(msgspec.Struct, frozen=True):
+    """A prompt that no server has seen before."""
+
+    tokens: list[int]
+    salt: str
+    """Its ``cache_salt``: makes it new also to a server that was measured before."""
+
+
 @dataclass
 class Pairs:
     """Requests to our vLLM, each with the one it is compared with. Seconds to the first token."""
@@ -96,7 +105,7 @@ def run(config: TTFTConfig, progress: Callable[[str], None] = lambda _: None) ->
     machine = environment()
     try:
         with _engines(config, progress) as engines:
-            measured = _measure(config, engines, progress)
+            measured = measure(config, engines, progress)
     except (ServerFailed, ModelError) as error:
         raise ServerUnavailable(str(error)) from error
     return _report(config, machine, measured)
@@ -119,7 +128,8 @@ def _engines(config: TTFTConfig, progress: Callable[[str], None]) -> Iterator[En
         yield engines
 
 
-def _measure(config: TTFTConfig, engines: Engines, progress: Callable[[str], None]) -> Measured:
+def measure(config: TTFTConfig, engines: Engines, progress: Callable[[str], None]) -> Measured:
+    """Send one prompt after the other through all phases."""
     prompts = _prompts(config, engines)
     progress("warm-up: one prompt through everything")
     warm_up = msgspec.structs.replace(config, repeats=1)
@@ -131,15 +141,15 @@ def _measure(config: TTFTConfig, engines: Engines, progress: Callable[[str], Non
     return session.measured
 
 
-def _prompts(config: TTFTConfig, engines: Engines) -> list[list[int]]:
-    """Token ids of natural texts that share no prefix."""
+def _prompts(config: TTFTConfig, engines: Engines) -> list[Prompt]:
+    """Natural texts that share no prefix."""
     prompts = []
     for number in range(config.prompts + 1):
         text = natural_text(config.prompt_tokens * _CHARACTERS_PER_TOKEN, start=number * _TOPICS_APART)
         tokens = engines.tokenize(text)[: config.prompt_tokens]
         if len(tokens) < config.prompt_tokens:
             raise ServerUnavailable(f"the model's tokenizer made only {len(tokens)} tokens of a text")
-        prompts.append(tokens)
+        prompts.append(Prompt(tokens, uuid.uuid4().hex))
     return prompts
 
 
@@ -151,7 +161,7 @@ class Session:
         self._engines = engines
         self.measured = measured
 
-    def measure(self, prompt: list[int], *, ours_first: bool) -> None:
+    def measure(self, prompt: Prompt, *, ours_first: bool) -> None:
         """All phases of one prompt that nobody has seen before."""
         cache = self._engines.cache
         self._cold(prompt, ours_first=ours_first)
@@ -165,7 +175,7 @@ class Session:
             if not cache.empty_tier(tier):
                 return  # it would answer for those below it, too
 
-    def _cold(self, prompt: list[int], *, ours_first: bool) -> None:
+    def _cold(self, prompt: Prompt, *, ours_first: bool) -> None:
         plain = self._engines.plain
         if plain is None:
             self._ask_ours(prompt)
@@ -179,7 +189,7 @@ class Session:
             ours = self._ask_ours(prompt)
         self.measured.of("cold").add(ours, reference, 0)
 
-    def _warm(self, tier: str, prompt: list[int], prepare: Callable[[], None] = lambda: None) -> None:
+    def _warm(self, tier: str, prompt: Prompt, prepare: Callable[[], None] = lambda: None) -> None:
         """Warm from ``tier``, each time next to a hit in vLLM's own prefix cache."""
         for number in range(self._config.repeats):
             # Taking turns also in who is first.
@@ -190,9 +200,11 @@ class Session:
             after = self._hit_tokens(tier)
             self._drain()
             reference = reference or self._ask_plain(prompt)
-            hit = len(prompt) if before is None or after is None else after - before
-            if hit < _MIN_HIT_SHARE * len(prompt):
-                self.measured.notes.append(f"{tier}: a request hit {hit} of {len(prompt)} tokens; left out")
+            hit = len(prompt.tokens) if before is None or after is None else after - before
+            if hit < _MIN_HIT_SHARE * len(prompt.tokens):
+                self.measured.notes.append(
+                    f"{tier}: a request hit {hit} of {len(prompt.tokens)} tokens; left out"
+                )
             else:
                 self.measured.of(tier).add(ours, reference, hit)
 
@@ -204,18 +216,19 @@ class Session:
         if self._engines.cache is not None:
             self._engines.cache.drain()
 
-    def _ask_ours(self, prompt: list[int]) -> float:
+    def _ask_ours(self, prompt: Prompt) -> float:
         """Our vLLM, with its own prefix cache empty."""
         self._engines.ours.reset_prefix_cache()
         return self._ask(self._engines.ours, prompt)
 
-    def _ask_plain(self, prompt: list[int]) -> float:
+    def _ask_plain(self, prompt: Prompt) -> float:
         """vLLM without us; without one, ours with its own prefix cache left alone."""
         return self._ask(self._engines.plain or self._engines.ours, prompt)
 
-    def _ask(self, server: VLLMClient, prompt: list[int]) -> float:
+    def _ask(self, server: VLLMClient, prompt: Prompt) -> float:
         time.sleep(self._config.pause_seconds)
-        return server.complete(prompt, max_tokens=self._config.answer_tokens).ttft_seconds
+        answer = server.complete(prompt.tokens, max_tokens=self._config.answer_tokens, cache_salt=prompt.salt)
+        return answer.ttft_seconds
 
 
 def _report(config: TTFTConfig, machine: Environment, measured: Measured) -> Report:
