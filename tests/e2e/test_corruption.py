@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import redis
+from vllm_engine import Engine, assert_equal_answers
 
-from conftest import Engine, assert_equal_answers
 from kvstrata.testing.redis_server import RedisServer
 
 PROMPT_TOKENS = 500

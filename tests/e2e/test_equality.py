@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from vllm_engine import Engine, assert_equal_answers
 
-from conftest import Engine, assert_equal_answers
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.testing.vllm_server import Completion, VLLMServer
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_engine import Engine, assert_equal_answers
 
-from conftest import Engine, assert_equal_answers
 from kvstrata.testing.process import ServerProcess, free_port
 from kvstrata.testing.vllm_server import VLLMServer
 
