@@ -52,6 +52,20 @@ sequences = st.tuples(
 picks = st.integers(0, 1000)
 
 
+FAULTS = [
+    Faults(),
+    Faults(delay_seconds=0.004),
+    Faults(error_rate=0.3),
+    Faults(error_rate=1.0),
+    Faults(full=True),
+    Faults(lost_rate=0.3),
+    Faults(truncated_rate=0.3),
+    Faults(flipped_rate=0.3, delay_seconds=0.004),
+    Faults(swapped_rate=0.5),
+    Faults(swapped_rate=0.5, flipped_rate=0.1, lost_rate=0.1, error_rate=0.1),
+]
+
+
 class Sequence:
     def __init__(self, namespace: Namespace, tokens: list[int]) -> None:
         self.namespace = namespace
@@ -101,6 +115,7 @@ class Core(RuleBasedStateMachine):
         keep_in_l1=st.sampled_from([True, True, False]),
         seed=st.integers(0, 2**32),
         first=st.lists(sequences, max_size=3),
+        faults=st.sampled_from(FAULTS),
     )
     def open(
         self,
@@ -109,6 +124,7 @@ class Core(RuleBasedStateMachine):
         keep_in_l1: bool,
         seed: int,
         first: list[tuple[Namespace, list[int]]],
+        faults: Faults,
     ) -> None:
         self.keep_in_l1 = keep_in_l1 or num_tiers == 0
         self.random = random.Random(seed)
@@ -136,6 +152,9 @@ class Core(RuleBasedStateMachine):
         self.known: list[tuple[Namespace, list[int]]] = []
         for drawn in first:
             self.store(drawn)
+        settle(self.cache)
+        for tier in self.tiers:
+            tier.faults = faults if self.hostile else Faults()
 
     def sequence(self, drawn: tuple[Namespace, list[int]]) -> Sequence:
         return Sequence(self.spaces[drawn[0]], drawn[1])
@@ -206,6 +225,17 @@ class Core(RuleBasedStateMachine):
             self.empty_l1(settled=True)
         if self.known:
             self.lookup(self.known[pick % len(self.known)], owner, wait)
+
+    @rule(drawn=sequences, owner=st.sampled_from(OWNERS), faults=st.sampled_from(FAULTS))
+    def load_back(self, drawn: tuple[Namespace, list[int]], owner: str, faults: Faults) -> None:
+        """All that a tier is for, at one go: chance alone rarely gets there."""
+        self.tiers_recover()
+        self.store(drawn)
+        self.empty_l1(settled=True)
+        if self.hostile:
+            for tier in self.tiers:
+                tier.faults = faults
+        self.lookup(drawn, owner, wait=True)
 
     @rule(pick=picks, expire=st.booleans())
     def ask_again(self, pick: int, expire: bool) -> None:
@@ -297,20 +327,7 @@ class Core(RuleBasedStateMachine):
     @precondition(lambda self: self.hostile and self.tiers)
     @rule(
         number=st.integers(0, 1),
-        faults=st.sampled_from(
-            [
-                Faults(),
-                Faults(delay_seconds=0.004),
-                Faults(error_rate=0.3),
-                Faults(error_rate=1.0),
-                Faults(full=True),
-                Faults(lost_rate=0.3),
-                Faults(truncated_rate=0.3),
-                Faults(flipped_rate=0.3, delay_seconds=0.004),
-                Faults(swapped_rate=0.5),
-                Faults(swapped_rate=0.5, flipped_rate=0.1, lost_rate=0.1, error_rate=0.1),
-            ]
-        ),
+        faults=st.sampled_from(FAULTS),
     )
     def tier_fails(self, number: int, faults: Faults) -> None:
         self.tiers[number % len(self.tiers)].faults = faults
