@@ -36,7 +36,7 @@ def tiny_model() -> Path:
 @pytest.fixture(scope="session")
 def corpus(model: Path) -> list[int]:
     """Token ids of natural text, long enough to cut distinct prompts from."""
-    return tokenize(model, natural_text(120_000))
+    return tokenize(model, natural_text(300_000))
 
 
 @pytest.fixture(scope="module")

@@ -54,15 +54,18 @@ class Killer(threading.Thread):
         self._kill()
 
 
-def test_killed_at_random_instants(
-    model: Path, corpus: list[int], redis_server: RedisServer, tmp_path: Path
-) -> None:
+def test_killed_at_random_instants(model: Path, corpus: list[int], tmp_path: Path) -> None:
     """Twenty rounds, each with a kill -9 of the cache server or of Redis while requests run."""
     rng = random.Random(SEED)
     prompts = [corpus[start : start + 250] for start in range(30_000, 30_000 + 5 * 300, 300)]
-    extra = {"chunk_size": 64, "remote_url": redis_server.url, "lookup_timeout_ms": 1000}
+    extra = {"chunk_size": 64, "lookup_timeout_ms": 1000}
 
-    with Engine(model, tmp_path / "vllm.log", extra=extra, args=ARGS) as engine:
+    with (
+        RedisServer(["save ''", "maxmemory 1gb"]) as redis_server,
+        Engine(
+            model, tmp_path / "vllm.log", extra={**extra, "remote_url": redis_server.url}, args=ARGS
+        ) as engine,
+    ):
         expected = [engine.complete(prompt, max_tokens=4, ignore_eos=True) for prompt in prompts]
 
         def kill_server() -> None:
