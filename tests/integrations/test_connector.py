@@ -120,7 +120,7 @@ def test_blocks_of_vllms_own_cache_are_not_written(make_engine, client, monkeypa
 
     monkeypatch.setattr(copier, "load", watched)
     request = engine.add("c", PROMPT)
-    engine.scheduler.kv_cache_manager.get_computed_blocks(request)
+    engine.step()
     engine.step()
     table = engine._tables["c"]
     assert written == table[5:13]  # blocks 0-4 were vLLM's own, in the middle of the third chunk
@@ -147,7 +147,7 @@ def test_without_vllms_prefix_cache(make_engine):
     assert engine.num_computed == 203 + 4 + 4
 
 
-def test_requests_that_share_a_prefix_in_flight(make_engine, client):
+def test_requests_that_share_a_prefix_in_flight(make_engine, client, log):
     engine = make_engine(max_num_batched_tokens=48)
     requests = {n: engine.add(f"r{n}", PROMPT[:100] + [n] * 10, 5) for n in range(6)}
     engine.run()
@@ -159,6 +159,9 @@ def test_requests_that_share_a_prefix_in_flight(make_engine, client):
     for n, request in requests.items():
         assert list(request.output_token_ids) == expected_answer(PROMPT[:100] + [n] * 10, 5)
     assert warm.num_computed == 6 * 5
+    # The shared blocks are loaded once; the others wait for them and load what is their own.
+    loaded = [int(message.split()[1]) for message in log() if message.startswith("Retrieved")]
+    assert sorted(loaded) == [13] * 5 + [109]
     assert not leases(client)
 
 

@@ -1,10 +1,10 @@
 """Blocks <-> payloads on a CUDA device. Reviewed, and covered by tests marked ``gpu``; not run where this was
 written, for want of a device.
 
-All copies are issued on the current stream. A load that is issued before a forward pass is therefore
-complete when the pass reads its pages, and a store that is issued after one sees what the pass wrote; no
-other ordering is needed. Payloads in a mapped pool are pinned memory once the pool is registered, others are
-copied synchronously by the driver.
+All copies are issued on the current stream. A load is therefore complete when a later forward pass reads its
+pages, and a store that is issued after a pass sees what the pass wrote; no other ordering is needed.
+Payloads in a mapped pool are pinned memory once the pool is registered, others are copied synchronously by
+the driver.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             reads=transfer.is_kv_consumer,
             writes=transfer.is_kv_producer,
             num_workers=self._num_workers,
-            async_loads=self._vllm_config.max_concurrent_batches > 1 or self._num_workers > 1,
+            prefix_caching=bool(self._vllm_config.cache_config.enable_prefix_caching),
         )
 
     def _refuse(self, reason: str) -> bool:
@@ -305,7 +305,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.load()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are complete, or ordered before the forward pass, when ``start_load_kv`` returns."""
+        """A request is scheduled after its load has ended; there is nothing to wait for."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
@@ -318,7 +318,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.store()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
-        """Requests whose asynchronous loads have ended."""
+        """Requests whose loads have ended."""
         if self._worker is None:
             return None, None
         return None, self._worker.take_finished() or None

@@ -56,8 +56,6 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """Set when there is something to load or to store."""
     loads: tuple[LoadOp, ...] = ()
     stores: tuple[StoreOp, ...] = ()
-    async_loads: bool = False
-    """Whether vLLM waits for the loads' completion before it schedules their requests."""
     prefill_tokens: int = 0
     """Prompt tokens that this step computes, when it computes nothing else."""
 

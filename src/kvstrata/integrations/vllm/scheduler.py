@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from kvstrata.client.base import Client
@@ -11,7 +12,7 @@ from kvstrata.config import Settings
 from kvstrata.integrations.vllm.hashes import UnknownExtraKeyError
 from kvstrata.integrations.vllm.metadata import LoadOp, StepMetadata, StoreOp, WorkerReport
 from kvstrata.integrations.vllm.tracking import Tracked, track
-from kvstrata.types import Namespace, Piece
+from kvstrata.types import Hit, Namespace, Piece
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,8 +23,22 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+@dataclass
+class _Loading:
+    """A load that the workers have, or are about to get."""
+
+    num_workers: int
+    """Workers that have not reported its end."""
+    hashes: frozenset[bytes]
+    """Hashes of the hit's pieces."""
+
+
 class SchedulerSide:
     """Lives in vLLM's scheduler process; called by it from one thread.
+
+    Loads are asynchronous in vLLM's sense: a request is scheduled once every worker has reported the end of its
+    load. vLLM can also load in the step that computes the request, a step sooner, but then it has put the
+    blocks into its own prefix cache before a failed load is known, and others compute on them.
 
     Leases: a look-up leases what it found. Until the load has been handed to the workers the lease is ended
     here when it is not needed after all. Afterwards it ends when every worker has reported the load's end:
@@ -33,9 +48,8 @@ class SchedulerSide:
         client: this process' client.
         make_namespace: called with a connected client until it returns the namespace; None: not yet.
         num_workers: workers that report each load.
-        async_loads: vLLM schedules a request only after its load has ended. Needed where steps overlap or
-            several workers take part: there a failed load is noticed only after wrong KV was used, by this
-            request or, through another worker's store, by others.
+        prefix_caching: whether vLLM keeps a prefix cache of its own. Then a request waits for the load of a
+            prefix that another one has begun, and shares its blocks.
     """
 
     def __init__(
@@ -47,7 +61,7 @@ class SchedulerSide:
         reads: bool,
         writes: bool,
         num_workers: int,
-        async_loads: bool,
+        prefix_caching: bool,
     ) -> None:
         self._client = client
         self._settings = settings
@@ -55,11 +69,11 @@ class SchedulerSide:
         self._reads = reads
         self._writes = writes
         self._num_workers = num_workers
-        self._async_loads = async_loads
+        self._prefix_caching = prefix_caching
         self._namespace: Namespace | None = None
         self._requests: dict[str, Tracked] = {}
         self._planned: list[LoadOp] = []
-        self._loading: dict[str, int] = {}
+        self._loading: dict[str, _Loading] = {}
 
     @property
     def namespace(self) -> Namespace | None:
@@ -90,22 +104,31 @@ class SchedulerSide:
             if hit.pending:
                 return None, False
             lookup.hit = hit
-            self._log_hit(tracked, min(hit.num_tokens, max_tokens), num_local_tokens)
+        num_hit_tokens = min(lookup.hit.num_tokens, max_tokens)
+        num_tokens = self._worth_loading(num_hit_tokens - num_local_tokens)
+        if num_tokens and self._is_being_loaded(lookup.hit, num_local_tokens):
+            return None, False
         lookup.num_local_tokens = num_local_tokens
-        num_tokens = self._worth_loading(min(lookup.hit.num_tokens, max_tokens) - num_local_tokens)
-        return num_tokens, self._async_loads and num_tokens > 0
+        if not lookup.logged:
+            lookup.logged = True
+            logger.info(
+                "Reqid: %s, Total tokens %d, KVStrata hit tokens: %d, need to load: %d",
+                request.request_id,
+                request.num_tokens,
+                num_hit_tokens,
+                num_tokens,
+            )
+        return num_tokens, num_tokens > 0
 
     def _worth_loading(self, num_tokens: int) -> int:
         return num_tokens if num_tokens >= max(1, self._settings.min_retrieve_tokens) else 0
 
-    def _log_hit(self, tracked: Tracked, num_hit_tokens: int, num_local_tokens: int) -> None:
-        logger.info(
-            "Reqid: %s, Total tokens %d, KVStrata hit tokens: %d, need to load: %d",
-            tracked.request.request_id,
-            tracked.request.num_tokens,
-            num_hit_tokens,
-            self._worth_loading(num_hit_tokens - num_local_tokens),
-        )
+    def _is_being_loaded(self, hit: Hit, first_token: int) -> bool:
+        """Whether the next piece is under way into blocks that vLLM will share once they are there."""
+        if not self._prefix_caching or not self._loading:
+            return False
+        piece = next(piece for piece in hit.pieces if piece.first_token + piece.num_tokens > first_token)
+        return any(piece.chunk_hash in loading.hashes for loading in self._loading.values())
 
     def allocated(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
         """vLLM's ``update_state_after_alloc``: the request has its blocks. Plan the load or end the lease."""
@@ -121,6 +144,7 @@ class SchedulerSide:
         if num_external_tokens == 0 or lookup.hit is None:
             self._client.release(lookup.lease_id)
             return
+        self._loading[lookup.lease_id] = _Loading(self._num_workers, frozenset(tracked.known_hashes))
         first_token = lookup.num_local_tokens
         end_token = first_token + num_external_tokens
         first_block = first_token // namespace.layout.block_size
@@ -143,8 +167,6 @@ class SchedulerSide:
     def plan_step(self, output: SchedulerOutput) -> StepMetadata:
         """vLLM's ``build_connector_meta``: what the workers are to load before and store after this step."""
         loads, self._planned = tuple(self._planned), []
-        for load in loads:
-            self._loading[load.lease_id] = self._num_workers
         stores = tuple(
             op
             for request_id, num_tokens in output.num_scheduled_tokens.items()
@@ -155,7 +177,6 @@ class SchedulerSide:
             namespace=self._namespace if loads or stores or prefill_tokens else None,
             loads=loads,
             stores=stores,
-            async_loads=self._async_loads,
             prefill_tokens=prefill_tokens,
         )
 
@@ -207,21 +228,19 @@ class SchedulerSide:
     def report(self, report: WorkerReport) -> None:
         """What the workers say of their loads."""
         for lease_id, count in report.ended.items():
-            left = self._loading.pop(lease_id, 0) - count
-            if left > 0:
-                self._loading[lease_id] = left
-            else:
+            loading = self._loading.get(lease_id)
+            if loading is None:
+                continue
+            loading.num_workers -= count
+            if loading.num_workers <= 0:
+                del self._loading[lease_id]
                 self._client.release(lease_id)
-        if not report.failed:
-            return
         for lease_id in report.failed:
             tracked = self._requests.get(lease_id.rpartition("#")[0])
             if tracked is not None:
-                # The same look-up would promise the same again: compute this request.
+                # The same look-up would promise the same again: compute this request, and store it.
                 tracked.read = False
-        # The workers stored nothing in a step with a failed load, whoever asked for it.
-        for tracked in self._requests.values():
-            tracked.forget_stored()
+                tracked.forget_stored()
 
     def finish(self, request: Request) -> None:
         """The request has ended, one way or another."""

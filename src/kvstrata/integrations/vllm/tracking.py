@@ -22,6 +22,7 @@ class Lookup:
     """None while the answer is pending."""
     num_local_tokens: int = 0
     """Tokens in vLLM's own cache when it was last asked."""
+    logged: bool = False
 
 
 @dataclass

@@ -77,7 +77,11 @@ class WorkerSide:
         self._step = None
 
     def load(self) -> None:
-        """Copy what the step's requests need from the cache into their blocks."""
+        """Copy hits from the cache into their requests' blocks.
+
+        The requests are not part of this step. On a device, whatever uses the blocks is ordered behind the
+        copies; that is why they count as ended here already.
+        """
         step, copier = self._step, self._copier
         if step is None or copier is None or not step.metadata.loads or step.metadata.namespace is None:
             return
@@ -96,8 +100,7 @@ class WorkerSide:
                     op.request_id,
                     op.end_token - op.first_token,
                 )
-            if step.metadata.async_loads:
-                self._finished.add(op.request_id)
+            self._finished.add(op.request_id)
         copies_done = copier.ticket()
         self._running += [(copies_done, op.lease_id) for op in step.metadata.loads]
         step.load_seconds = time.perf_counter() - start
@@ -142,8 +145,7 @@ class WorkerSide:
             return
         namespace, ops = step.metadata.namespace, step.metadata.stores
         self._report_prefill(step, namespace)
-        if step.failed_leases or not ops or not self._stores:
-            # After a failed load, whatever this step computed may rest on KV that was not there.
+        if not ops or not self._stores:
             return
         start = time.perf_counter()
         pieces = [piece for op in ops for piece in op.pieces]
@@ -187,7 +189,7 @@ class WorkerSide:
             self._client.report_prefill(namespace, num_tokens, seconds)
 
     def take_finished(self) -> set[str]:
-        """Requests whose asynchronous loads have ended since the last call."""
+        """Requests whose loads have ended since the last call, failed ones included."""
         finished, self._finished = self._finished, set()
         return finished
 
