@@ -297,7 +297,8 @@ class TierIO:
         if isinstance(error, TierFull):
             # Full is no reason to stop reading.
             if not self._said_full:
-                logger.warning("tier %s is full and does not evict: %s", self.name, error)
+                # As text: a log record that keeps the exception keeps its frames, and with them the pool mapped.
+                logger.warning("tier %s is full and does not evict: %s", self.name, str(error))
                 self._said_full = True
             return
         if not isinstance(error, TierError):
