@@ -336,6 +336,31 @@ def test_nothing_stays_in_l1_that_was_released_while_it_was_read() -> None:
         assert cache.l1_stats()["used_bytes"] == 0
 
 
+def test_a_write_that_is_queued_after_a_clear_it_preceded_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread clears between the moment a commit is decided and the moment its write is queued."""
+    tier = DictTier()
+    asked, other = prompt(200, seed=1), prompt(200, seed=2, namespace=make_namespace("org/other"))
+    with open_core([tier], pool_bytes=POOL_BYTES) as cache:
+        write = cache.tiers[0].write
+
+        def clear_first(*args: object) -> bool:
+            monkeypatch.setattr(cache.tiers[0], "write", write)
+            cache.clear(cache.intern(asked.namespace))
+            wait_until(lambda: not cache._is_clearing(0, cache.intern(asked.namespace)), "it is cleared")
+            return write(*args)  # type: ignore[arg-type]
+
+        put(cache, other)
+        monkeypatch.setattr(cache.tiers[0], "write", clear_first)
+        put(cache, asked)
+        settle(cache)
+        assert sorted(tier.frames) == sorted(keys_of(other))
+        assert cache.metrics.totals()["tier_write_drops"]["tier0"] == 0
+        put(cache, asked)
+        assert len(tier.frames) == len(asked.pieces) + len(other.pieces)
+
+
 # Entries that are damaged where they are stored
 
 Damage = Callable[[bytes, bytes], bytes]

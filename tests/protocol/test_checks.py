@@ -34,6 +34,8 @@ def test_real_prompts_pass(count: int) -> None:
         ({}, {"block_size": 0}),
         ({}, {"block_size": -16}),
         ({}, {"block_size": 128}),
+        ({}, {"dtype": "x" * 17}),
+        ({}, {"dtype": "größe"}),
         ({}, {"page_bytes": ()}),
         ({}, {"page_bytes": (0,)}),
         ({}, {"page_bytes": (100, -10)}),

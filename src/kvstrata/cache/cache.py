@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from kvstrata.cache.frames import Transfer, prepare
+from kvstrata.cache.frames import Transfer, prepare, transfer_of
 from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Entry, Index, State, entry_key
 from kvstrata.cache.io import TierIO
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.prefetch import hold, plan_pieces, worth_loading
 from kvstrata.cache.walk import Walk, first_missing, missing_candidates, walk
-from kvstrata.codecs.naive import NaiveCodec
-from kvstrata.frame import HEADER_BYTES, FrameHeader
+from kvstrata.frame import HEADER_BYTES
 from kvstrata.metrics import Metrics
 from kvstrata.types import NO_HIT, PENDING, Hit, Miss, MissReason, Namespace, Piece, Prefix, Slot
 
@@ -65,6 +64,9 @@ class Cache:
         self._namespaces: dict[Namespace, Namespace] = {}
         self._lookups: dict[tuple[str, str], Lookup] = {}
         self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
+        self._num_clears = 0
+        self._cleared_at: dict[Namespace | None, int] = {}
+        """The number of the last clear of each namespace, or of everything."""
         self._clearing: dict[int, list[Namespace | None]] = {i: [] for i in range(len(tiers))}
 
     def intern(self, namespace: Namespace) -> Namespace:
@@ -310,12 +312,18 @@ class Cache:
                 continue
             entry.tiers |= 1 << i
             entry.leases += 1
-            jobs.append(partial(self._write, i, entry, transfer))
+            jobs.append(partial(self._write, i, entry, transfer, self._num_clears))
         return jobs
 
-    def _write(self, tier: int, entry: Entry, transfer: Transfer) -> None:
-        if not self.tiers[tier].write(transfer, partial(self._written, tier, entry)):
+    def _write(self, tier: int, entry: Entry, transfer: Transfer, planned_at: int) -> None:
+        """Queue a write that was planned after so many clears."""
+        is_wanted = partial(self._is_wanted, entry.namespace, planned_at)
+        if not self.tiers[tier].write(transfer, partial(self._written, tier, entry), is_wanted):
             self._written(tier, entry, False)
+
+    def _is_wanted(self, namespace: Namespace, planned_at: int) -> bool:
+        """Whether nothing cleared the tiers since: a write may be queued later than the clear that it preceded."""
+        return max(self._cleared_at.get(namespace, 0), self._cleared_at.get(None, 0)) <= planned_at
 
     def _written(self, tier: int, entry: Entry, written: bool) -> None:
         """A tier has it, or not; on the tier's write thread, or on the caller's when the write was dropped."""
@@ -330,28 +338,7 @@ class Cache:
             self.index.drop(entry)
 
     def _transfer(self, entry: Entry, piece: Piece) -> Transfer:
-        """The entry's slot and what a frame in it must say."""
-        layout = entry.namespace.layout
-        payload_bytes = entry.payload_bytes
-        return Transfer(
-            key=entry.namespace.key(entry.chunk_hash, entry.shard),
-            slot=self.pool[entry.offset : entry.offset + HEADER_BYTES + payload_bytes],
-            expected=FrameHeader(
-                shard=entry.shard,
-                first_token=entry.first_token,
-                num_tokens=entry.num_tokens,
-                block_size=layout.block_size,
-                payload_bytes=payload_bytes,
-                encoded_bytes=payload_bytes,
-                layout_fingerprint=layout.fingerprint,
-                chunk_hash=entry.chunk_hash,
-                tokens_hash=piece.tokens_hash,
-                payload_checksum=b"",
-                created_at=int(time.time()),
-                codec=NaiveCodec.name,
-                dtype=layout.dtype,
-            ),
-        )
+        return transfer_of(self.pool, entry, piece.tokens_hash, int(time.time()))
 
     # Giving back
 
@@ -443,6 +430,8 @@ class Cache:
                 self.index.drop(entry)
             if not tiers:
                 return len(entries)
+            self._num_clears += 1
+            self._cleared_at[namespace] = self._num_clears
             for lookup in self._lookups.values():
                 if namespace is None or lookup.namespace is namespace:
                     lookup.held_by_tier.clear()

@@ -6,6 +6,7 @@ import threading
 
 import msgspec
 
+from kvstrata.cache.index import Entry
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.errors import FrameError
@@ -25,6 +26,31 @@ class Transfer(msgspec.Struct, frozen=True, eq=False):
     @property
     def payload(self) -> memoryview:
         return self.slot[HEADER_BYTES:]
+
+
+def transfer_of(pool: memoryview, entry: Entry, tokens_hash: bytes, created_at: int) -> Transfer:
+    """An entry's slot, and what a frame in it must say."""
+    layout = entry.namespace.layout
+    payload_bytes = entry.payload_bytes
+    return Transfer(
+        key=entry.namespace.key(entry.chunk_hash, entry.shard),
+        slot=pool[entry.offset : entry.offset + HEADER_BYTES + payload_bytes],
+        expected=FrameHeader(
+            shard=entry.shard,
+            first_token=entry.first_token,
+            num_tokens=entry.num_tokens,
+            block_size=layout.block_size,
+            payload_bytes=payload_bytes,
+            encoded_bytes=payload_bytes,
+            layout_fingerprint=layout.fingerprint,
+            chunk_hash=entry.chunk_hash,
+            tokens_hash=tokens_hash,
+            payload_checksum=b"",
+            created_at=created_at,
+            codec=NaiveCodec.name,
+            dtype=layout.dtype,
+        ),
+    )
 
 
 _seal_lock = threading.Lock()

@@ -213,8 +213,13 @@ class TierIO:
 
     # Writes
 
-    def write(self, transfer: Transfer, done: WriteDone) -> bool:
-        """Queue a write; False (and counted) when the tier is down or its queue is full: the write is dropped."""
+    def write(
+        self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Queue a write; False (and counted) when the tier is down or its queue is full: the write is dropped.
+
+        ``is_wanted`` is asked when its turn has come; it is left out when no longer wanted.
+        """
         size = len(transfer.slot)
         with self._lock:
             if self.breaker.is_open or self.queued_bytes + size > self._write_queue_bytes:
@@ -222,19 +227,20 @@ class TierIO:
                 self._metrics.write_dropped(self.name)
                 return False
             self.queued_bytes += size
-        self._writes.submit(lambda: self._write_one(transfer, done))
+        self._writes.submit(lambda: self._write_one(transfer, done, is_wanted))
         return True
 
-    def _write_one(self, transfer: Transfer, done: WriteDone) -> None:
+    def _write_one(self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool]) -> None:
         def job() -> bool:
             self.tier.write([transfer.key], [encode_frame(transfer, self.codec)])
             return True
 
         size = len(transfer.slot)
-        written = bool(not self.breaker.is_open and self._call("write", size, job))
+        wanted = is_wanted()
+        written = bool(wanted and not self.breaker.is_open and self._call("write", size, job))
         with self._lock:
             self.queued_bytes -= size
-            if not written:
+            if wanted and not written:
                 self.num_dropped += 1
                 self._metrics.write_dropped(self.name)
         done(written)

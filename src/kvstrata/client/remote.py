@@ -17,6 +17,8 @@ from kvstrata.types import NO_HIT, Hit, Namespace, Piece, Prefix
 
 logger = logging.getLogger(__name__)
 
+_COMMIT_HASHES = 1024
+"""Chunks of one commit: each may come with a part of its payload, and a message has a bounded number of parts."""
 _RETRY_SECONDS = 1.0
 """Pause between attempts to greet a server, or to have it restarted, on one connection."""
 
@@ -246,7 +248,10 @@ class RemoteClient(Client):
     def commit(self, reservation: Reservation) -> None:
         inline = self.mapped_pool(reservation.pool_id) is None
         payloads = [b for b in reservation.buffers if b is not None] if inline else []
-        self._end(reservation, m.Commit(reservation.shard, reservation.end()), payloads)
+        hashes = reservation.end()
+        for start in range(0, len(hashes), _COMMIT_HASHES):
+            part = slice(start, start + _COMMIT_HASHES)
+            self._end(reservation, m.Commit(reservation.shard, hashes[part]), payloads[part])
 
     def abort(self, reservation: Reservation) -> None:
         self._end(reservation, m.Abort(reservation.shard, reservation.end()))

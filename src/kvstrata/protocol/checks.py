@@ -11,6 +11,7 @@ MAX_SHARDS = 4096
 MAX_PAGE_BYTES = 1 << 40
 _MAX_POSITION = 1 << 40
 _MAX_TOKENS = 1 << 31
+_MAX_DTYPE = 16
 
 
 def check_namespace(namespace: Namespace) -> None:
@@ -26,6 +27,8 @@ def check_namespace(namespace: Namespace) -> None:
         raise ProtocolError(f"{namespace.world_size} shards; allowed are 1 to {MAX_SHARDS}")
     if any(size < 0 for size in layout.page_bytes) or not 0 < layout.block_bytes <= MAX_PAGE_BYTES:
         raise ProtocolError(f"blocks of {layout.block_bytes} bytes")
+    if len(layout.dtype) > _MAX_DTYPE or not layout.dtype.isascii():
+        raise ProtocolError(f"a dtype of {len(layout.dtype)} characters has no room in a frame's header")
 
 
 def check_shard(namespace: Namespace, shard: int) -> None:

@@ -280,6 +280,16 @@ class ClientContract:
         client.commit(third)
         assert look(client, "c", asked) == 200
 
+    def test_more_pieces_than_fit_into_one_message(self, start: Start) -> None:
+        """A message has a bounded number of parts, and inline each payload is one."""
+        layout = KVLayout(block_size=1, page_bytes=(1,), dtype="uint8", kernel_format="test")
+        space = Namespace("vllm", "org/tiny", "fp", "auto", 1, "tp1pp1", 1, layout)
+        client = start(small_settings(max_local_cpu_size=0.03))
+        asked = prompt(5000, seed=1, namespace=space)
+        assert store(client, asked) == 5000
+        assert client.stats()["l1"]["reservations"] == 0
+        assert client.lookup("r", space, asked.prefix).num_tokens == 5000
+
     def test_no_pieces(self, client: Client) -> None:
         reservation = client.reserve(make_namespace(), 0, [])
         assert reservation.num_tokens == 0
