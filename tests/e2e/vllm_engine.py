@@ -11,7 +11,7 @@ from kvstrata.testing.process import free_port
 from kvstrata.testing.vllm_server import Completion, VLLMServer
 
 LOGPROB_TOLERANCE = 0.5
-"""How far the logprob of a candidate may lie from that of vLLM without us: four steps of a bf16 logit between 16 and 32.
+"""How far a candidate's logprob may lie from that of vLLM without us: four steps of a bf16 logit from 16 to 32.
 
 bf16 answers depend on how vLLM batches and cuts a prompt, with or without a connector; `test_noise_of_vllm_itself`
 looks at that on the machine at hand. Tokens must be equal wherever the two best are further apart than twice this.
