@@ -50,7 +50,7 @@ def test_nothing_outlives_the_demo(number, tmp_path, monkeypatch):
         )
     try:
         # Two vLLMs with all their processes, or at least on their way there, and a Valkey.
-        wait_until(lambda: sum("VLLM::" in command for command in processes_of(run).values()) >= 2, 120)
+        wait_until(lambda: sum("VLLM::" in command for command in processes_of(run).values()) >= 2, 240)
         assert len(processes_of(run)) >= 6, (tmp_path / "err").read_text()
     finally:
         demo.send_signal(number)
