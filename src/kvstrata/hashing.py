@@ -25,10 +25,7 @@ def root_hash(namespace: Namespace, cache_salt: str = "") -> bytes:
     """The start of every chain of a namespace and a tenant."""
     salt = cache_salt.encode()
     return _sha256(
-        b"kvstrata chain %d\0" % HASH_VERSION
-        + namespace.fingerprint
-        + len(salt).to_bytes(4, "little")
-        + salt
+        b"kvstrata chain %d\0" % HASH_VERSION + namespace.fingerprint + len(salt).to_bytes(4, "little") + salt
     ).digest()
 
 
