@@ -154,9 +154,9 @@ def test_other_arrangements(
 ) -> None:
     """fp8 pages; vLLM's own prefix cache with chunked prefill: only what it lacks is loaded."""
     with Engine(model, tmp_path / "vllm.log", extra={"chunk_size": 100}, **arrangement) as engine:
-        assert "chunks have 128 tokens" in engine.log()
         prompt = corpus[2000:2600]
         expected = engine.complete(prompt, max_tokens=8)
+        assert "chunks have 128 tokens" in engine.log()
         engine.reset_prefix_cache()
         assert_equal_answers(expected, engine.complete(prompt, max_tokens=8))
         longer = [*prompt, *corpus[5000:5200]]
