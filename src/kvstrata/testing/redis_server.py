@@ -16,7 +16,10 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
+from kvstrata.tiers.redis.resp import Connection, ErrorReply, Reply, command
+
 START_SECONDS = 20.0
+ASK_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,18 +43,52 @@ def free_port() -> int:
         return port
 
 
+def done(reply: Reply) -> None:
+    """Make sure that a command was not refused.
+
+    Raises:
+        RuntimeError: it refused.
+    """
+    match reply:
+        case ErrorReply(text=reason):
+            raise RuntimeError(f"the server refused: {reason}")
+        case _:
+            return
+
+
+def text(reply: Reply) -> str:
+    """A reply that is a string.
+
+    Raises:
+        RuntimeError: it is something else.
+    """
+    match reply:
+        case bytes():
+            return reply.decode()
+        case _:
+            raise RuntimeError(f"the server gave no text: {reply!r}")
+
+
 class RedisServer:
     """A server with its own port, unix socket and directory. A context manager; not thread-safe.
 
-    ``config`` are lines of a configuration file, and come last.
+    ``config`` are lines of a configuration file, and come last; ``arguments`` go to the program.
     After ``kill``, ``start`` starts it anew, empty.
     """
 
-    def __init__(self, config: Sequence[str] = (), *, binary: str | None = None, password: str = "") -> None:
+    def __init__(
+        self,
+        config: Sequence[str] = (),
+        *,
+        binary: str | None = None,
+        password: str = "",
+        arguments: Sequence[str] = (),
+    ) -> None:
         self.port = free_port()
         self._directory = Path(tempfile.mkdtemp(prefix="kvs-redis-"))
         self.socket_path = str(self._directory / "s")
         self._binary = binary or server_binary()
+        self._arguments = tuple(arguments)
         self.password = password
         self._process: subprocess.Popen[bytes] | None = None
         lines = ["bind 127.0.0.1", f"port {self.port}", f"unixsocket {self.socket_path}"]
@@ -88,7 +125,7 @@ class RedisServer:
 
         with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - a program of the system or of a package
-                [self._binary, str(self._directory / "conf")],
+                [self._binary, str(self._directory / "conf"), *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -111,6 +148,24 @@ class RedisServer:
             except OSError:
                 return False
         return reply.startswith((b"+PONG", b"-NOAUTH"))
+
+    def ask(self, *arguments: str | bytes) -> Reply:
+        """The reply to one command, over the unix socket with the password. A refusal is an ``ErrorReply``."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(self.socket_path)
+            connection = Connection(sock, "test")
+            connection.start(ASK_SECONDS)
+            if self.password:
+                connection.send([command(b"AUTH", self.password.encode())])
+                connection.reply()
+            words = [word.encode() if isinstance(word, str) else word for word in arguments]
+            connection.send([command(*words)])
+            return connection.reply()
+
+    @property
+    def running(self) -> bool:
+        """Whether its process is there (a suspended one is)."""
+        return self._process is not None
 
     def kill(self) -> None:
         """SIGKILL, and wait for its end."""

@@ -1,0 +1,41 @@
+"""The kit's cluster and sentinels, looked at by an independent client."""
+
+from __future__ import annotations
+
+import redis
+
+from kvstrata.testing.redis_cluster import RedisCluster, slot_of
+from kvstrata.testing.redis_sentinel import RedisSentinel
+
+
+def test_a_cluster_serves_all_slots_and_moves_one() -> None:
+    with RedisCluster(password="pass word") as cluster:
+        first = cluster.nodes[0]
+        with redis.RedisCluster(host="127.0.0.1", port=first.port, password="pass word") as client:
+            for number in range(20):
+                client.set(f"name{number}", number)
+            assert client.keyslot("name0") == slot_of("name0")
+            source = cluster.owner("name0")
+            target = next(node for node in cluster.nodes if node is not source)
+            cluster.migrate(slot_of("name0"), source, target)
+            assert cluster.owner("name0") is target
+            assert [int(client.get(f"name{number}")) for number in range(20)] == list(range(20))
+        source.kill()
+        assert target.ask("GET", "name0") == b"0"
+
+
+def test_sentinels_fail_over() -> None:
+    with RedisSentinel(password="data", sentinel_password="watch") as group:
+        addresses = [("127.0.0.1", sentinel.port) for sentinel in group.sentinels]
+        finder = redis.Sentinel(addresses, sentinel_kwargs={"password": "watch"}, password="data")
+        old = group.master
+        assert finder.discover_master("mymaster") == ("127.0.0.1", old.port)
+        old.ask("SET", "name", "value")
+        old.ask("WAIT", "1", "1000")
+        old.kill()
+        group.wait_for_other_master(old)
+        assert group.master is not old
+        assert finder.discover_master("mymaster") == ("127.0.0.1", group.master.port)
+        assert group.master.ask("GET", "name") == b"value"
+        for sentinel in finder.sentinels:
+            sentinel.close()
