@@ -12,11 +12,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import msgspec
 
 from kvstrata.errors import ConfigError
+from kvstrata.tiers import sockets
 
 TLS_PARAMETERS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs")
 PARAMETERS = ("db", "username", "password", *TLS_PARAMETERS)
-SOCKET_BYTES = 1 << 20
-"""Socket buffers: 1 MiB measured 20% faster than the default on loopback, 4 MiB not faster."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,44 +72,10 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             OSError: refused, unknown host, certificate not trusted, or not done in time.
         """
         deadline = time.monotonic() + timeout_seconds
-        sock = self._open(deadline)
-        try:
-            for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
-            if self.socket_path:
-                return sock
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if context is None:
-                return sock
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            return context.wrap_socket(sock, server_hostname=self.host)
-        except BaseException:
-            sock.close()
-            raise
-
-    def _open(self, deadline: float) -> socket.socket:
-        """Connect to the first address that answers, all within one deadline."""
         if self.socket_path:
-            addresses: list[tuple[int, Any]] = [(socket.AF_UNIX, self.socket_path)]
-        else:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-            addresses = [(family, address) for family, _, _, _, address in found]
-        failure: OSError = OSError(f"no address for {self.host}")
-        for family, address in addresses:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                sock.connect(address)
-            except OSError as error:
-                sock.close()
-                failure = error
-            except BaseException:
-                sock.close()
-                raise
-            else:
-                return sock
-        raise failure
+            return sockets.connect([(socket.AF_UNIX, self.socket_path)], deadline)
+        addresses = sockets.resolve(self.host, self.port, deadline)
+        return sockets.connect(addresses, deadline, context=context, server_hostname=self.host)
 
 
 def parse_url(url: str) -> Endpoint:

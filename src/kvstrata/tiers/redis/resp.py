@@ -1,23 +1,17 @@
 """One connection that speaks RESP2, made for values of megabytes.
 
-Values go from and to the caller's memory without a copy in between. Every length that the server names is
-checked against a limit before anything is allocated or received for it. Whatever goes wrong in the middle
-of a message closes the connection: it is never used again, so no reply is taken for that of another command.
+Values go from and to the caller's memory without a copy in between (:mod:`kvstrata.tiers.sockets`). Every length
+that the server names is checked against a limit before anything is allocated or received for it.
 """
 
 from __future__ import annotations
 
 import socket
-import ssl
-import struct
-import time
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
 
-from kvstrata.errors import TierUnavailable
-from kvstrata.types import Buffer
+from kvstrata.tiers.sockets import DeadlineSocket
 
 MAX_BULK_BYTES = 512 << 20
 """The longest string of Redis."""
@@ -27,8 +21,6 @@ MAX_LINE_BYTES = 1024
 MAX_ITEMS = 1 << 16
 MAX_DEPTH = 4
 INPUT_BYTES = 64 << 10
-MAX_PARTS = 512
-"""Buffers per sendmsg; the system allows 1024."""
 
 _CRLF = b"\r\n"
 
@@ -70,61 +62,24 @@ class Connection:
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
-        self._sock = sock
-        self._name = name
+        self._socket = DeadlineSocket(sock, name)
         self._input = bytearray(INPUT_BYTES)
         self._view = memoryview(self._input)
         self._at = 0
         self._end = 0
-        self._deadline = 0.0
-        self._tls = isinstance(sock, ssl.SSLSocket)
-        self.closed = False
-        if not self._tls:
-            # Blocking with kernel timeouts: one system call moves a whole value. Measured with a busy Python
-            # thread beside it: 3 to 5 times the throughput of many short calls, each of which gives the
-            # interpreter lock away.
-            sock.setblocking(True)
+        self.start = self._socket.start
+        self.send = self._socket.send
+        self.close = self._socket.close
+        self.fileno = self._socket.fileno
 
-    def start(self, timeout_seconds: float) -> None:
-        """Begin an operation that ends within ``timeout_seconds`` from now."""
-        self._deadline = time.monotonic() + timeout_seconds
-
-    def close(self) -> None:
-        self.closed = True
-        self._sock.close()
-
-    def fileno(self) -> int:
-        """For polling."""
-        return self._sock.fileno()
+    @property
+    def closed(self) -> bool:
+        return self._socket.closed
 
     @property
     def idle(self) -> bool:
         """Whether all that was received has been taken."""
         return self._at == self._end
-
-    # -- sending
-
-    def send(self, parts: Sequence[Buffer]) -> None:
-        """Send ``parts`` one after the other."""
-        views = [memoryview(part) for part in parts if len(part)]
-        first = 0
-        while first < len(views):
-            sent = self._send(views[first : first + MAX_PARTS])
-            while first < len(views) and sent >= len(views[first]):
-                sent -= len(views[first])
-                first += 1
-            if sent:
-                views[first] = views[first][sent:]
-
-    def _send(self, views: list[memoryview]) -> int:
-        try:
-            if self._tls:
-                self._sock.settimeout(self._remaining())
-                return self._sock.send(views[0])
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._remaining()))
-            return self._sock.sendmsg(views)
-        except OSError as error:
-            raise self._broken(error) from error
 
     # -- receiving
 
@@ -134,7 +89,7 @@ class Connection:
         if line[:1] == b"-":
             return _error(line)
         if line[:1] != b"$":
-            raise self._violated("a value was expected")
+            raise self._socket.violated("a value was expected")
         size = self._number(line, MAX_BULK_BYTES)
         if size < 0:
             return None
@@ -146,7 +101,7 @@ class Connection:
         buffer[:taken] = self._view[self._at : self._at + taken]
         self._at += taken
         while taken < size:
-            taken += self._receive(buffer[taken:size])
+            taken += self._socket.receive(buffer[taken:size])
         self._expect_crlf()
         return size
 
@@ -172,10 +127,10 @@ class Connection:
                 count = self._number(line, room[1])
                 room[1] -= max(count, 0)
                 if depth == 0:
-                    raise self._violated("arrays in arrays in arrays")
+                    raise self._socket.violated("arrays in arrays in arrays")
                 return None if count < 0 else [self._reply(depth - 1, room) for _ in range(count)]
             case _:
-                raise self._violated("a reply of no known type")
+                raise self._socket.violated("a reply of no known type")
 
     def integers(self, count: int) -> list[int | ErrorReply]:
         """Take ``count`` replies that are integers (or errors); fast for those of one digit."""
@@ -192,7 +147,7 @@ class Connection:
                     continue
             value = self.reply()
             if not isinstance(value, int | ErrorReply):
-                raise self._violated("a number was expected")
+                raise self._socket.violated("a number was expected")
             values.append(value)
         return values
 
@@ -222,25 +177,25 @@ class Connection:
                 self._at = stop + 2
                 return line
             if self._end - self._at >= MAX_LINE_BYTES:
-                raise self._violated("an endless line")
+                raise self._socket.violated("an endless line")
             self._more()
 
     def _expect_crlf(self) -> None:
         while self._end - self._at < 2:
             self._more()
         if self._view[self._at : self._at + 2] != _CRLF:
-            raise self._violated("a value of another length than announced")
+            raise self._socket.violated("a value of another length than announced")
         self._at += 2
 
     def _number(self, line: bytes, limit: int) -> int:
         """The number in a line, between -1 (or minus the limit for integers) and ``limit``."""
         text = line[1:]
         if not text.removeprefix(b"-").isdigit() or len(text) > 20:
-            raise self._violated("no number where one belongs")
+            raise self._socket.violated("no number where one belongs")
         value = int(text)
         lowest = -limit - 1 if line[:1] == b":" else -1
         if not lowest <= value <= limit:
-            raise self._violated(f"a length of {value}, allowed are {limit}")
+            raise self._socket.violated(f"a length of {value}, allowed are {limit}")
         return value
 
     def _fill(self) -> None:
@@ -254,47 +209,8 @@ class Connection:
             self._view[: self._end - self._at] = self._view[self._at : self._end]
             self._end -= self._at
             self._at = 0
-        self._end += self._receive(self._view[self._end :], whole=False)
-
-    def _receive(self, view: memoryview, *, whole: bool = True) -> int:
-        """Receive at least a byte; with ``whole`` as much of ``view`` as comes before the deadline."""
-        try:
-            if self._tls:
-                self._sock.settimeout(self._remaining())
-                count = self._sock.recv_into(view)
-            else:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(self._remaining()))
-                count = self._sock.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
-        except OSError as error:
-            raise self._broken(error) from error
-        if count == 0:
-            raise self._broken(ConnectionResetError("the server closed the connection"))
-        return count
-
-    # -- faults
-
-    def _remaining(self) -> float:
-        remaining = self._deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        return remaining
-
-    def _broken(self, error: OSError) -> TierUnavailable:
-        self.close()
-        late = isinstance(error, TimeoutError | BlockingIOError)
-        reason = "no answer before the deadline" if late else error.strerror or error
-        return TierUnavailable(f"{self._name}: {reason}")
-
-    def _violated(self, what: str) -> TierUnavailable:
-        self.close()
-        return TierUnavailable(f"{self._name}: the server broke the protocol: {what}")
+        self._end += self._socket.receive(self._view[self._end :], whole=False)
 
 
 def _error(line: bytes) -> ErrorReply:
     return ErrorReply(line[1:].decode("utf-8", "replace"))
-
-
-def _timeval(seconds: float) -> bytes:
-    """``struct timeval``; never zero, which would mean to wait for ever."""
-    micros = max(int(seconds * 1_000_000), 1)
-    return struct.pack("@ll", micros // 1_000_000, micros % 1_000_000)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from kvstrata.tiers import sockets
+
+
+def test_a_name_server_that_does_not_answer_costs_no_more_than_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = threading.Event()
+    real = socket.getaddrinfo
+
+    def slow(host: str, *args: object, **options: object) -> object:
+        if not options.get("flags"):
+            answer.wait(10)
+        return real("127.0.0.1" if not options.get("flags") else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"cache\.example"):
+        sockets.resolve("cache.example", 1, started + 0.2)
+    assert time.monotonic() - started < 5
+    answer.set()
+    assert sockets.resolve("cache.example", 7, time.monotonic() + 5)[0][1] == ("127.0.0.1", 7)
+
+
+def test_an_unknown_host_is_an_error_of_the_system() -> None:
+    with pytest.raises(OSError, match=r"known|failure"):
+        sockets.resolve("no-such-host.invalid", 1, time.monotonic() + 5)
+
+
+def test_the_next_address_is_tried() -> None:
+    with socket.socket() as listener, socket.socket() as unused:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        unused.bind(("127.0.0.1", 0))  # bound, not listening: refused
+        addresses = [(socket.AF_INET, unused.getsockname()), (socket.AF_INET, listener.getsockname())]
+        with sockets.connect(addresses, time.monotonic() + 5) as sock:
+            assert sock.getpeername() == listener.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            sockets.connect(addresses[:1], time.monotonic() + 5)
