@@ -9,13 +9,13 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit check lint types contracts format setup setup-tools setup-demo clean
+.PHONY: help demo test test-unit test-faults check lint types contracts format setup setup-tools setup-demo clean
 
 help: ## What there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: setup-demo ## A real vLLM that starts warm from memory, Redis and disk
-	@$(BIN)/kvstrata demo --cache-dir .cache --report demo-report.json
+	@$(BIN)/kvstrata demo --cache-dir .cache --report demo-report.json fault-report.json
 
 test: setup check ## Everything: lint, types, import contracts, and all tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -54,4 +54,4 @@ python:
 	    { echo "set-up: '$(PYTHON)' is no Python 3.11 or newer; say which one: make PYTHON=python3.12 ..." >&2; exit 1; }
 
 clean: ## Remove the environment, the model and every cache
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis demo-report.json
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis demo-report.json fault-report.json

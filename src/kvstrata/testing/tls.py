@@ -17,7 +17,7 @@ _Issuer = tuple[x509.Name, ec.EllipticCurvePrivateKey]
 
 
 class Certificates:
-    """A certificate authority with a certificate for 127.0.0.1, one for another name, and one for clients."""
+    """A certificate authority; certificates for 127.0.0.1, an expired one, one of another host, one of clients."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -26,12 +26,15 @@ class Certificates:
         self._make("server", issuer=self.authority, address="127.0.0.1")
         self._make("elsewhere", issuer=self.authority, address="192.0.2.1")
         self._make("client", issuer=self.authority)
+        self._make("expired", issuer=self.authority, address="127.0.0.1", days_left=-1)
 
     def path(self, name: str) -> str:
         """A file: a name with ``.crt`` or ``.key``."""
         return str(self.directory / name)
 
-    def _make(self, name: str, issuer: _Issuer | None, address: str | None = None) -> _Issuer:
+    def _make(
+        self, name: str, issuer: _Issuer | None, address: str | None = None, days_left: int = 1
+    ) -> _Issuer:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         now = dt.datetime.now(dt.UTC)
@@ -41,8 +44,8 @@ class Certificates:
             .issuer_name(issuer[0] if issuer else subject)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=1))
+            .not_valid_before(now - dt.timedelta(days=2))
+            .not_valid_after(now + dt.timedelta(days=days_left))
             .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
         )
         if address:

@@ -1,0 +1,274 @@
+"""Faults: each is a context manager over a backend; it lasts as long as the block.
+
+Those of the network need nothing of a backend but its proxies. The others ask it for what they need.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+from unittest.mock import patch
+
+from kvstrata.testing.proxy import BLACK_HOLE, REFUSING, Flow, Link, Proxy
+
+OPERATION_SECONDS = 0.5
+"""``timeout_seconds`` of the tiers under test."""
+
+
+class Reached(Protocol):
+    """A backend whose clients go through proxies."""
+
+    proxies: list[Proxy]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong."""
+
+    name: str
+    inject: Callable[..., AbstractContextManager[None]]
+    opens: bool = False
+    """Whether the breaker must open while it lasts; otherwise it may."""
+    in_ci: bool = False
+
+
+def _link(link: Link, *, reset: bool = False) -> Callable[[Reached], AbstractContextManager[None]]:
+    @contextmanager
+    def inject(backend: Reached) -> Iterator[None]:
+        for proxy in backend.proxies:
+            proxy.link = link
+            if reset:
+                proxy.reset()
+        yield
+        for proxy in backend.proxies:
+            proxy.link = Link()
+            if not link.refuses:
+                proxy.reset()  # what was damaged or held must not arrive later
+
+    return inject
+
+
+def _garbage(piece: bytes) -> bytes:
+    return random.Random(len(piece)).randbytes(len(piece))
+
+
+NETWORK = [
+    Fault("refuses connections", _link(REFUSING), opens=True, in_ci=True),
+    Fault("accepts and never answers", _link(BLACK_HOLE), opens=True, in_ci=True),
+    Fault(
+        "answers after the deadline",
+        _link(Link(to_client=Flow(delay_seconds=1.5 * OPERATION_SECONDS))),
+        opens=True,
+        in_ci=True,
+    ),
+    Fault(
+        "resets in the middle of a bulk",
+        _link(Link(to_client=Flow(reset_after_bytes=20_000)), reset=True),
+        in_ci=True,
+    ),
+    Fault("closes in the middle of a bulk", _link(Link(to_client=Flow(end_after_bytes=20_000)), reset=True)),
+    Fault("answers garbage", _link(Link(to_client=Flow(rewrite=_garbage))), opens=True, in_ci=True),
+    Fault(
+        "corrupts bytes",
+        _link(Link(to_client=Flow(flip_every_bytes=9_973), to_server=Flow(flip_every_bytes=29_989))),
+        in_ci=True,
+    ),
+    Fault("very slow", _link(Link(to_client=Flow(bytes_per_second=20_000)))),
+]
+
+
+# Of servers that are processes of ours: `kill`, `start`, `suspend`, `resume`.
+
+
+class Process(Protocol):
+    def kill(self) -> None: ...
+    def start(self) -> None: ...
+    def suspend(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Served(Protocol):
+    """A backend with the process that faults hit."""
+
+    server: Process
+
+
+@contextmanager
+def killed(backend: Served) -> Iterator[None]:
+    backend.server.kill()
+    yield
+    backend.server.start()
+
+
+@contextmanager
+def suspended(backend: Served) -> Iterator[None]:
+    backend.server.suspend()
+    yield
+    backend.server.resume()
+
+
+@contextmanager
+def restarted(backend: Served) -> Iterator[None]:
+    backend.server.kill()
+    backend.server.start()
+    yield
+
+
+PROCESS = [
+    Fault("killed, empty when it is back", killed, opens=True),
+    Fault("restarted empty", restarted, in_ci=True),
+    Fault("stopped (SIGSTOP)", suspended, opens=True),
+]
+
+
+# Of what is stored
+
+
+@contextmanager
+def again_and_again(change: Callable[[random.Random], None]) -> Iterator[None]:
+    """Call ``change`` without much of a pause, in a thread."""
+    stopping = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        rng = random.Random(5)
+        try:
+            while not stopping.wait(0.002):
+                change(rng)
+        except BaseException as error:  # noqa: BLE001  raised by the test's own thread
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+class Stored(Protocol):
+    """A backend whose entries can be read and written behind the tier's back."""
+
+    def entries(self) -> list[str]: ...
+    def get(self, name: str) -> bytes | None: ...
+    def put(self, name: str, value: bytes) -> None: ...
+
+
+def _two(backend: Stored, rng: random.Random) -> list[tuple[str, bytes]]:
+    names = backend.entries()
+    found = [(name, backend.get(name)) for name in rng.sample(names, min(2, len(names)))]
+    return [(name, value) for name, value in found if value]
+
+
+@contextmanager
+def swapped(backend: Stored) -> Iterator[None]:
+    def swap(rng: random.Random) -> None:
+        found = _two(backend, rng)
+        if len(found) == 2:
+            (one, first), (other, second) = found
+            backend.put(one, second)
+            backend.put(other, first)
+
+    with again_and_again(swap):
+        yield
+
+
+@contextmanager
+def damaged(backend: Stored) -> Iterator[None]:
+    def damage(rng: random.Random) -> None:
+        for name, value in _two(backend, rng):
+            at = rng.randrange(len(value))
+            backend.put(name, value[:at] + bytes([value[at] ^ 1 << rng.randrange(8)]) + value[at + 1 :])
+
+    with again_and_again(damage):
+        yield
+
+
+@contextmanager
+def of_wrong_length(backend: Stored) -> Iterator[None]:
+    def cut(rng: random.Random) -> None:
+        for name, value in _two(backend, rng):
+            cut_at = rng.randrange(len(value))
+            backend.put(name, value[:cut_at] if rng.random() < 0.5 else value + value[:cut_at])
+
+    with again_and_again(cut):
+        yield
+
+
+STORED = [
+    Fault("another key's value", swapped, in_ci=True),
+    Fault("values with a bit flipped", damaged),
+    Fault("values of a wrong length", of_wrong_length),
+]
+
+
+# Of the machine
+
+
+@contextmanager
+def clock_steps(_: object) -> Iterator[None]:
+    """The wall clock jumps by years, to and fro, with every look at it."""
+    true_time = time.time
+    rng = random.Random(0)
+    with patch("time.time", lambda: max(0.0, true_time() + rng.choice([-3e8, -3600.0, 0.0, 3600.0, 3e8]))):
+        yield
+
+
+@contextmanager
+def dns_gone(backend: Reached) -> Iterator[None]:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with patch("socket.getaddrinfo", unknown):
+        for proxy in backend.proxies:
+            proxy.reset()
+        yield
+
+
+@contextmanager
+def dns_hangs(backend: Reached) -> Iterator[None]:
+    """The resolver takes longer than any deadline of ours."""
+    resolve, over = socket.getaddrinfo, threading.Event()
+
+    def slow(*arguments: object, **named: object) -> object:
+        over.wait(20)
+        return resolve(*arguments, **named)  # type: ignore[arg-type]
+
+    with patch("socket.getaddrinfo", slow):
+        for proxy in backend.proxies:
+            proxy.reset()
+        yield
+        over.set()
+
+
+MACHINE = [Fault("clock steps", clock_steps, in_ci=True)]
+DNS = [Fault("DNS gone", dns_gone, opens=True, in_ci=True), Fault("DNS hangs", dns_hangs, opens=True)]
+
+
+# Of RESP
+
+_BULK = re.compile(rb"\$(\d+)\r\n")
+
+
+def _wrong_length(piece: bytes) -> bytes:
+    """Every length that the server announces is another."""
+    return _BULK.sub(lambda found: b"$%d\r\n" % max(0, int(found[1]) + (7 if len(piece) % 2 else -7)), piece)
+
+
+RESP = [
+    Fault("announces wrong lengths", _link(Link(to_client=Flow(rewrite=_wrong_length)), reset=True)),
+    Fault(
+        "announces 512 MB",
+        _link(Link(to_client=Flow(rewrite=lambda piece: _BULK.sub(b"$536870912\r\n", piece))), reset=True),
+    ),
+]

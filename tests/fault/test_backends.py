@@ -1,0 +1,110 @@
+"""Every backend with every fault that applies to it, under load from a real client of the core.
+
+``make test-faults`` runs all of them, prints the table and writes ``fault-report.json``. Time decides there
+whether a case has passed; as a test, a case fails when something is wrong, left behind, or hangs.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from backends import BACKENDS, Backend
+from faults import OPERATION_SECONDS, Fault
+from load import Load, prompts
+from report import ROWS, Row
+
+from kvstrata.cache.io import TierIO
+from kvstrata.client import LocalClient
+from kvstrata.testing.client import small_settings, wait_until
+from kvstrata.testing.leaks import leaked_since, snapshot
+
+LOOKUP_SECONDS = 0.5
+SLACK_SECONDS = 0.25
+HUNG_SECONDS = 15.0
+"""What waits longer hangs, on however busy a machine."""
+FAULT_SECONDS = 0.8
+NEVER_SECONDS = 40.0
+TIER = "l2"
+
+pytestmark = pytest.mark.fault_suite
+
+
+def parameters() -> list[object]:
+    return [
+        pytest.param(name, fault, id=f"{name}: {fault.name}", marks=() if fault.in_ci else pytest.mark.slow)
+        for name, made in BACKENDS.items()
+        for fault in made.faults
+    ]
+
+
+@pytest.mark.parametrize(("name", "fault"), parameters())
+def test_fault(name: str, fault: Fault, tmp_path: Path) -> None:
+    reason = BACKENDS[name].missing()
+    if reason:
+        pytest.skip(reason)
+    row = Row(backend=name, fault=fault.name, deadline_seconds=LOOKUP_SECONDS + SLACK_SECONDS)
+    ROWS.append(row)
+    before = snapshot()
+    with BACKENDS[name](tmp_path) as backend:
+        left = run_case(backend, fault, row)
+    left += sorted(leaked_since(before))
+    row.leaks = len(left)
+    row.judge()
+    assert row.wrong_bytes == 0
+    assert left == []
+    assert row.recovered_seconds is not None, "the tier is not used again"
+    assert row.longest_wait_seconds < HUNG_SECONDS
+
+
+def run_case(backend: Backend, fault: Fault, row: Row) -> list[str]:
+    """Fill in ``row``; what the core still holds in the end."""
+    settings = small_settings(
+        tiers=({"name": TIER, "timeout_seconds": OPERATION_SECONDS, **backend.tier},),
+        local_cpu=False,  # so that every look-up needs the tier
+        lookup_timeout_ms=int(LOOKUP_SECONDS * 1000),
+        breaker_reset_seconds=0.2,
+        gate=False,
+    )
+    with LocalClient(settings) as client:
+        load = Load(client)
+        (tier,) = client.cache.tiers
+        assert load.seconds_until_used(TIER, seed=1000, bound_seconds=NEVER_SECONDS) is not None
+        for asked in prompts():
+            load.step("warm", asked)
+        load.longest_wait_seconds = 0.0
+        with load.running():
+            load.goes_on()
+            with fault.inject(backend):
+                during(load, tier, fault)
+            row.recovered_seconds = load.seconds_until_used(TIER, seed=2000, bound_seconds=NEVER_SECONDS)
+            wait_until(lambda: not tier.breaker.is_open, "the breaker closes")
+            load.goes_on()
+        left = held(client)
+        row.wrong_bytes, row.longest_wait_seconds = load.wrong_bytes, load.longest_wait_seconds
+    return left
+
+
+def during(load: Load, tier: TierIO, fault: Fault) -> None:
+    """Requests go on while the fault lasts, and the breaker opens if it must."""
+    until = time.monotonic() + FAULT_SECONDS
+    if fault.opens:
+        wait_until(lambda: tier.breaker.is_open, "the breaker opens")
+    load.goes_on()
+    time.sleep(max(0.0, until - time.monotonic()))
+
+
+def held(client: LocalClient) -> list[str]:
+    """What the core still holds once all is done; with ``local_cpu`` false that must be nothing."""
+    deadline = time.monotonic() + HUNG_SECONDS
+    while (left := _held(client)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
+
+
+def _held(client: LocalClient) -> list[str]:
+    counts = client.cache.l1_stats()
+    queued = sum(tier.queued_bytes for tier in client.cache.tiers)
+    held = {name: counts[name] for name in ("entries", "used_bytes", "lookups", "reservations")}
+    return [f"{count} {name}" for name, count in {**held, "queued_bytes": queued}.items() if count]
