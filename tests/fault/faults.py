@@ -36,7 +36,6 @@ class Fault:
     inject: Callable[..., AbstractContextManager[None]]
     opens: bool = False
     """Whether the breaker must open while it lasts; otherwise it may."""
-    in_ci: bool = False
 
 
 def _link(link: Link, *, reset: bool = False) -> Callable[[Reached], AbstractContextManager[None]]:
@@ -60,25 +59,22 @@ def _garbage(piece: bytes) -> bytes:
 
 
 NETWORK = [
-    Fault("refuses connections", _link(REFUSING), opens=True, in_ci=True),
-    Fault("accepts and never answers", _link(BLACK_HOLE), opens=True, in_ci=True),
+    Fault("refuses connections", _link(REFUSING), opens=True),
+    Fault("accepts and never answers", _link(BLACK_HOLE), opens=True),
     Fault(
         "answers after the deadline",
         _link(Link(to_client=Flow(delay_seconds=1.5 * OPERATION_SECONDS))),
         opens=True,
-        in_ci=True,
     ),
     Fault(
         "resets in the middle of a bulk",
         _link(Link(to_client=Flow(reset_after_bytes=20_000)), reset=True),
-        in_ci=True,
     ),
     Fault("closes in the middle of a bulk", _link(Link(to_client=Flow(end_after_bytes=20_000)), reset=True)),
-    Fault("answers garbage", _link(Link(to_client=Flow(rewrite=_garbage))), opens=True, in_ci=True),
+    Fault("answers garbage", _link(Link(to_client=Flow(rewrite=_garbage))), opens=True),
     Fault(
         "corrupts bytes",
         _link(Link(to_client=Flow(flip_every_bytes=9_973), to_server=Flow(flip_every_bytes=29_989))),
-        in_ci=True,
     ),
     Fault("very slow", _link(Link(to_client=Flow(bytes_per_second=20_000)))),
 ]
@@ -123,7 +119,7 @@ def restarted(backend: Served) -> Iterator[None]:
 
 PROCESS = [
     Fault("killed, empty when it is back", killed, opens=True),
-    Fault("restarted empty", restarted, in_ci=True),
+    Fault("restarted empty", restarted),
     Fault("stopped (SIGSTOP)", suspended, opens=True),
 ]
 
@@ -206,7 +202,7 @@ def of_wrong_length(backend: Stored) -> Iterator[None]:
 
 
 STORED = [
-    Fault("another key's value", swapped, in_ci=True),
+    Fault("another key's value", swapped),
     Fault("values with a bit flipped", damaged),
     Fault("values of a wrong length", of_wrong_length),
 ]
@@ -251,8 +247,8 @@ def dns_hangs(backend: Reached) -> Iterator[None]:
         over.set()
 
 
-MACHINE = [Fault("clock steps", clock_steps, in_ci=True)]
-DNS = [Fault("DNS gone", dns_gone, opens=True, in_ci=True), Fault("DNS hangs", dns_hangs, opens=True)]
+MACHINE = [Fault("clock steps", clock_steps)]
+DNS = [Fault("DNS gone", dns_gone, opens=True), Fault("DNS hangs", dns_hangs, opens=True)]
 
 
 # Of RESP

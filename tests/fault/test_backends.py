@@ -33,10 +33,20 @@ pytestmark = pytest.mark.fault_suite
 
 def parameters() -> list[object]:
     return [
-        pytest.param(name, fault, id=f"{name}: {fault.name}", marks=() if fault.in_ci else pytest.mark.slow)
+        pytest.param(
+            name,
+            fault,
+            id=f"{name}: {fault.name}",
+            marks=() if fault.name in made.in_ci else pytest.mark.slow,
+        )
         for name, made in BACKENDS.items()
         for fault in made.faults
     ]
+
+
+def test_names() -> None:
+    for name, made in BACKENDS.items():
+        assert made.in_ci <= {fault.name for fault in made.faults}, name
 
 
 @pytest.mark.parametrize(("name", "fault"), parameters())

@@ -28,7 +28,7 @@ class Peer:
     def __init__(self) -> None:
         ours, self.server = socket.socketpair()
         self.connection = Connection(ours, "peer")
-        self.connection.start(5)
+        self.connection.start(60)
 
     def says(self, data: bytes, *, and_ends: bool = True) -> Connection:
         self.server.sendall(data)
