@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.bench import lookup, tier
+from kvstrata.bench import faults, lookup, tier
 from kvstrata.cli import main
 from kvstrata.config import tier_from_url
 from kvstrata.errors import ConfigError
@@ -80,6 +80,19 @@ def test_tier_hides_a_password_and_wants_a_directory(tmp_path: Path) -> None:
     assert "geheim" not in json.dumps(report.config)
     with pytest.raises(ConfigError, match="no directory"):
         tier.run(tier.TierBenchConfig(url=f"file://{tmp_path}/absent"))
+
+
+def test_faults_measures_a_far_l2_and_one_that_does_not_answer() -> None:
+    report = faults.run(faults.FaultsConfig(chunks=4, lookup_timeout_ms=100, runs=2))
+    assert list(report.ratios) == [
+        "lookup_ms",
+        "lookup_and_load_ms",
+        "stalled_over_deadline",
+        "open_over_none",
+    ]
+    assert report.ratios["lookup_and_load_ms"] >= 10
+    assert min(report.samples["absent"]) >= 5
+    assert min(report.samples["stalled"]) >= 100
 
 
 def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

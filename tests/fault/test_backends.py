@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from backends import BACKENDS, Backend
+from backend_base import Backend
+from backends import BACKENDS
 from faults import OPERATION_SECONDS, Fault
 from load import Load, prompts
 from report import ROWS, Row

@@ -95,6 +95,25 @@ def tier(
     return _show(run(config, _progress), as_json, strict=strict)
 
 
+@app.command("faults", epilog="Example: kvstrata bench faults --round-trip-ms 5 --chunks 128")
+def faults(
+    *,
+    round_trip_ms: Annotated[float | None, typer.Option(min=0, help="Latency of the link to L2.")] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, max=1000, help="Chunks of a looked-up prompt.")] = None,
+    runs: Runs = None,
+    as_json: Json = None,
+    strict: Strict = False,
+) -> int:
+    """Time look-ups with an L2 that is far away, and with one that does not answer.
+
+    Starts a Redis or Valkey of its own, behind a proxy.
+    """
+    from kvstrata.bench.faults import FaultsConfig, run  # noqa: PLC0415
+
+    config = _config(FaultsConfig, round_trip_ms=round_trip_ms, chunks=chunks, runs=runs)
+    return _show(run(config, _progress), as_json, strict=strict)
+
+
 @app.command(
     "ttft", epilog="Example: kvstrata bench ttft --redis-url redis://127.0.0.1:6379 --json ttft.json"
 )
