@@ -15,13 +15,16 @@ help: ## What there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: setup-demo ## A real vLLM that starts warm from memory, Redis and disk
-	@$(BIN)/kvstrata demo --cache-dir .cache --report demo-report.json fault-report.json
+	@$(BIN)/kvstrata demo --cache-dir .cache --report demo-report.json
 
 test: setup check ## Everything: lint, types, import contracts, and all tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-unit: setup-tools ## The tests that need no vLLM
 	$(BIN)/python -m pytest -m "not slow and not vllm" $(PYTEST_ARGS)
+
+test-faults: setup-tools ## Every backend under every fault; prints the table and writes fault-report.json
+	FAULT_REPORT=$(CURDIR)/fault-report.json $(BIN)/python -m pytest -m fault_suite tests/fault $(PYTEST_ARGS)
 
 check: lint types contracts ## What needs no test run
 
