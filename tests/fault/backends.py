@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from backend_base import Backend
 from directories import Disk
-from redis_family import PlainRedis, TLSRedis, UnixRedis
+from redis_family import ClusterRedis, PlainRedis, RedisRing, SentinelRedis, TLSRedis, UnixRedis
 
-BACKENDS: dict[str, type[Backend]] = {made.name: made for made in (PlainRedis, UnixRedis, TLSRedis, Disk)}
+BACKENDS: dict[str, type[Backend]] = {
+    made.name: made for made in (PlainRedis, UnixRedis, TLSRedis, RedisRing, SentinelRedis, ClusterRedis, Disk)
+}
 """All of them, by name."""

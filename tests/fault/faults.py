@@ -36,6 +36,8 @@ class Fault:
     inject: Callable[..., AbstractContextManager[None]]
     opens: bool = False
     """Whether the breaker must open while it lasts; otherwise it may."""
+    serves: bool = False
+    """Whether a part of what is stored must be found while it lasts."""
 
 
 def _link(link: Link, *, reset: bool = False) -> Callable[[Reached], AbstractContextManager[None]]:

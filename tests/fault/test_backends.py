@@ -103,6 +103,9 @@ def during(load: Load, tier: TierIO, fault: Fault) -> None:
     if fault.opens:
         wait_until(lambda: tier.breaker.is_open, "the breaker opens")
     load.goes_on()
+    if fault.serves:
+        before = load.num_tier_hits
+        wait_until(lambda: load.num_tier_hits > before + 10, "a part of what is stored is found")
     time.sleep(max(0.0, until - time.monotonic()))
 
 
