@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from backend_base import Backend
 from directories import Disk
-from redis_family import ClusterRedis, PlainRedis, RedisRing, SentinelRedis, TLSRedis, UnixRedis
+from redis_family import PlainRedis, TLSRedis, UnixRedis
 
-BACKENDS: dict[str, type[Backend]] = {
-    made.name: made for made in (PlainRedis, UnixRedis, TLSRedis, RedisRing, SentinelRedis, ClusterRedis, Disk)
-}
+BACKENDS: dict[str, type[Backend]] = {made.name: made for made in (PlainRedis, UnixRedis, TLSRedis, Disk)}
 """All of them, by name."""
