@@ -18,6 +18,9 @@ from kvstrata.types import MissReason
 MAGIC = b"KVST"
 FRAME_VERSION = 1
 HEADER_BYTES = 256
+MAX_GROWTH_BYTES = 64
+"""An encoded payload is at most this much larger than the payload. Every slot has that much room behind it, so that
+a frame of any codec can be read into it."""
 
 _FIELDS = struct.Struct("<4sHHIIQIIQQ16s32s32s16sQ16s16s32s")
 _CHECKSUM = struct.Struct("<Q")

@@ -22,6 +22,8 @@ class MissReason(enum.StrEnum):
     EXPIRED = "expired"
     CORRUPT = "corrupt"
     LAYOUT_MISMATCH = "layout_mismatch"
+    UNKNOWN_CODEC = "unknown_codec"
+    UNDECRYPTABLE = "undecryptable"
     TIER_DOWN = "tier_down"
     DEADLINE = "deadline"
     GATED = "gated"

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from kvstrata.cache.cache import Cache
-from kvstrata.codecs.base import Codec
+from kvstrata.codecs.base import PayloadDescription
+from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.errors import TierUnavailable
 from kvstrata.frame import HEADER_BYTES, FrameHeader
 from kvstrata.testing.client import (
@@ -181,19 +182,15 @@ class BrokenTier(DictTier):
         return results
 
 
-class BrokenCodec(Codec):
+class BrokenCodec(NaiveCodec):
     """Raises what no codec may raise."""
 
     name: ClassVar[str] = "broken"
+    passthrough: ClassVar[bool] = False
 
-    def max_encoded_bytes(self, payload_bytes: int) -> int:
-        return payload_bytes
-
-    def encode(self, payload: memoryview, into: memoryview) -> int:
-        into[: len(payload)] = payload
-        return len(payload)
-
-    def decode(self, encoded: memoryview, parameters: str, into: memoryview) -> None:
+    def decode(
+        self, encoded: memoryview, what: PayloadDescription, parameters: str, into: memoryview
+    ) -> None:
         zlib.decompress(encoded)
 
 
@@ -483,6 +480,7 @@ def test_an_entry_that_is_gone_when_it_is_read_is_a_plain_miss() -> None:
         cache.clear(tiers=False)
         tier.faults = Faults(lost_rate=1.0)
         assert get(cache, asked).miss_reason == MissReason.ABSENT
+        settle(cache)
         assert frame_misses(cache) == {"absent": 4}
         tier.faults = Faults()
         assert get(cache, asked).num_tokens == len(asked)

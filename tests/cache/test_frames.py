@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import zlib
-from typing import ClassVar
 
 import msgspec
 import pytest
@@ -12,34 +10,17 @@ import pytest
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, prepare, read_buffer, seal
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
-from kvstrata.errors import FrameError
-from kvstrata.frame import HEADER_BYTES, FrameHeader
-from kvstrata.types import MissReason
+from kvstrata.codecs.open import Decoders
+from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES, FrameHeader
+from kvstrata.testing.codec import ZipCodec
+from kvstrata.types import KVLayout, MissReason
 
 PAYLOAD_BYTES = 10_000
 
 
-class ZipCodec(Codec):
-    """A codec whose frames are not the payload."""
-
-    name: ClassVar[str] = "zip"
-
-    def max_encoded_bytes(self, payload_bytes: int) -> int:
-        return payload_bytes + 100
-
-    def encode(self, payload: memoryview, into: memoryview) -> int:
-        packed = zlib.compress(payload, 1)
-        into[: len(packed)] = packed
-        return len(packed)
-
-    def decode(self, encoded: memoryview, parameters: str, into: memoryview) -> None:
-        try:
-            into[:] = zlib.decompress(encoded)
-        except (zlib.error, ValueError) as error:
-            raise FrameError(MissReason.CORRUPT, str(error)) from error
-
-
 CODECS: dict[str, Codec] = {"naive": NaiveCodec(), "zip": ZipCodec()}
+DECODERS = Decoders(known=CODECS.values())
+LAYOUT = KVLayout(block_size=16, page_bytes=(PAYLOAD_BYTES,), dtype="bfloat16", kernel_format="test")
 
 
 def transfer(seed: int = 0, *, shard: int = 0, slot: memoryview | None = None) -> Transfer:
@@ -58,7 +39,8 @@ def transfer(seed: int = 0, *, shard: int = 0, slot: memoryview | None = None) -
         codec="naive",
         dtype="bfloat16",
     )
-    return Transfer("key", slot or memoryview(bytearray(HEADER_BYTES + PAYLOAD_BYTES)), expected)
+    room = slot or memoryview(bytearray(HEADER_BYTES + PAYLOAD_BYTES + MAX_GROWTH_BYTES))
+    return Transfer("key", room[: HEADER_BYTES + PAYLOAD_BYTES], expected, LAYOUT, room)
 
 
 def stored(seed: int = 0, *, shard: int = 0, slot: memoryview | None = None, content: int = 0) -> Transfer:
@@ -81,7 +63,7 @@ def test_frames_come_back_whatever_codec_the_reader_has(written_by: str, read_by
     into = transfer(1)
     buffer = read_buffer(into, CODECS[read_by])
     buffer[: len(frame)] = frame
-    assert accept_frame(into, buffer[: len(frame)], CODECS) is None
+    assert accept_frame(into, buffer[: len(frame)], DECODERS) is None
     assert into.payload == data(1)
 
 
@@ -92,14 +74,14 @@ def test_any_damage_is_a_miss(codec: str) -> None:
     for position in [*range(HEADER_BYTES), *(rng.randrange(len(frame)) for _ in range(200))]:
         damaged = bytearray(frame)
         damaged[position] ^= 1 << rng.randrange(8)
-        miss = accept_frame(transfer(1), memoryview(damaged), CODECS)
+        miss = accept_frame(transfer(1), memoryview(damaged), DECODERS)
         assert miss is not None
         assert miss.reason in (MissReason.CORRUPT, MissReason.LAYOUT_MISMATCH)
     for size in [*range(0, HEADER_BYTES + 2, 7), *(rng.randrange(len(frame)) for _ in range(50))]:
-        miss = accept_frame(transfer(1), memoryview(bytearray(frame[:size])), CODECS)
+        miss = accept_frame(transfer(1), memoryview(bytearray(frame[:size])), DECODERS)
         assert miss is not None
         assert miss.reason == MissReason.CORRUPT
-    assert accept_frame(transfer(1), memoryview(bytearray(frame + b"\0")), CODECS) is not None
+    assert accept_frame(transfer(1), memoryview(bytearray(frame + b"\0")), DECODERS) is not None
 
 
 @pytest.mark.parametrize(
@@ -114,14 +96,16 @@ def test_any_damage_is_a_miss(codec: str) -> None:
         ("payload_bytes", PAYLOAD_BYTES - 1, MissReason.CORRUPT),
         ("layout_fingerprint", b"o" * 16, MissReason.LAYOUT_MISMATCH),
         ("dtype", "float16", MissReason.LAYOUT_MISMATCH),
-        ("codec", "unheard of", MissReason.LAYOUT_MISMATCH),
+        ("codec", "unheard of", MissReason.UNKNOWN_CODEC),
+        ("codec", "naive+zip", MissReason.UNKNOWN_CODEC),
+        ("codec_parameters", "v2", MissReason.UNKNOWN_CODEC),
     ],
 )
 def test_a_whole_frame_of_something_else_is_a_miss(field: str, value: object, reason: MissReason) -> None:
     sealed = stored(1)
     seal(sealed)
     msgspec.structs.replace(FrameHeader.unpack(sealed.slot), **{field: value}).pack_into(sealed.slot)
-    miss = accept_frame(transfer(1), sealed.slot, CODECS)
+    miss = accept_frame(transfer(1), sealed.slot, DECODERS)
     assert miss is not None
     assert miss.reason == reason
 
@@ -131,11 +115,10 @@ def test_tokens_hash_and_time_survive_being_loaded_and_written_again() -> None:
     header = FrameHeader.unpack(encode_frame(first, CODECS["zip"]))
     assert (header.tokens_hash, header.created_at) == (b"t" * 32, 1)
     loaded = transfer(1)
-    loaded = Transfer(
-        "key", loaded.slot, msgspec.structs.replace(loaded.expected, tokens_hash=b"", created_at=9)
-    )
+    other_time = msgspec.structs.replace(loaded.expected, tokens_hash=b"", created_at=9)
+    loaded = msgspec.structs.replace(loaded, expected=other_time)
     frame = memoryview(bytearray(encode_frame(first, CODECS["zip"])))
-    assert accept_frame(loaded, frame, CODECS) is None
+    assert accept_frame(loaded, frame, DECODERS) is None
     again = FrameHeader.unpack(encode_frame(loaded, CODECS["naive"]))
     assert (again.tokens_hash, again.created_at, again.codec) == (b"t" * 32, 1, "naive")
 
@@ -155,8 +138,8 @@ def test_a_slot_that_held_the_same_tokens_before_is_sealed_for_what_it_holds_now
     seal(stored(1, slot=slot, content=7))
     frame = memoryview(bytearray(encode_frame(stored(1, shard=shard, content=8), CODECS["zip"])))
     loaded = transfer(1, shard=shard, slot=slot)
-    assert accept_frame(loaded, frame, CODECS) is None
+    assert accept_frame(loaded, frame, DECODERS) is None
     written = bytearray(encode_frame(loaded, CODECS["naive"]))
     back = transfer(1, shard=shard)
-    assert accept_frame(back, memoryview(written), CODECS) is None
+    assert accept_frame(back, memoryview(written), DECODERS) is None
     assert back.payload == data(8)

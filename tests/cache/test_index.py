@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstrata.cache.index import Entry, Index, State
-from kvstrata.frame import HEADER_BYTES
+from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.base import EvictionPolicy
 from kvstrata.policies.lru import LRUPolicy
@@ -13,7 +13,8 @@ from kvstrata.policies.s3fifo import S3FIFOPolicy
 from kvstrata.types import KVLayout, MissReason, Namespace, Piece
 
 SLOT = 4096
-LAYOUT = KVLayout(block_size=16, page_bytes=(SLOT - HEADER_BYTES,), dtype="bfloat16", kernel_format="test")
+PAGE = SLOT - HEADER_BYTES - MAX_GROWTH_BYTES
+LAYOUT = KVLayout(block_size=16, page_bytes=(PAGE,), dtype="bfloat16", kernel_format="test")
 SPACE = Namespace("vllm", "m", "fp", "auto", 1, "tp1", 16, LAYOUT)
 
 

@@ -5,44 +5,22 @@ from __future__ import annotations
 import contextlib
 import random
 import tempfile
-import zlib
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstrata.codecs.base import Codec
-from kvstrata.errors import FrameError
 from kvstrata.testing.client import Prompt, make_tokens, payload_of
+from kvstrata.testing.codec import ZipCodec
 from kvstrata.testing.core import open_core, payloads, settle, store, wait_lookup
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.dict import DictTier
 from kvstrata.tiers.disk import DiskOptions, DiskTier
 from kvstrata.tiers.redis import RedisTier
-from kvstrata.types import KVLayout, MissReason, Namespace
-
-
-class ZipCodec(Codec):
-    """A codec that changes sizes."""
-
-    name: ClassVar[str] = "zip"
-
-    def max_encoded_bytes(self, payload_bytes: int) -> int:
-        return payload_bytes + payload_bytes // 1000 + 100
-
-    def encode(self, payload: memoryview, into: memoryview) -> int:
-        packed = zlib.compress(payload, 1)
-        into[: len(packed)] = packed
-        return len(packed)
-
-    def decode(self, encoded: memoryview, parameters: str, into: memoryview) -> None:
-        try:
-            into[:] = zlib.decompress(encoded)
-        except (zlib.error, ValueError) as error:
-            raise FrameError(MissReason.CORRUPT, str(error)) from error
+from kvstrata.types import KVLayout, Namespace
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ import pytest
 
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, prepare
 from kvstrata.codecs.naive import NaiveCodec
+from kvstrata.codecs.open import Decoders
 from kvstrata.errors import PoolError, ProtocolError, TierUnavailable
-from kvstrata.frame import HEADER_BYTES, FrameHeader
+from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES, FrameHeader
 from kvstrata.memory import handover
 from kvstrata.protocol import messages as m
 from kvstrata.protocol.framing import decode_reply, decode_request, encode
@@ -31,7 +32,7 @@ from kvstrata.server.sessions import Sessions
 from kvstrata.testing.client import make_namespace, prompt
 from kvstrata.testing.core import open_core
 from kvstrata.tiers.redis.resp import Connection, ErrorReply, TooLong, command
-from kvstrata.types import Hit, Miss, Piece, Slot
+from kvstrata.types import Hit, KVLayout, Miss, Piece, Slot
 
 SEED = 20_261_122
 LIMIT_BYTES = 4 << 20
@@ -256,7 +257,9 @@ def test_replies(count: int) -> None:
 # Frames
 
 PAYLOAD_BYTES = 600
-CODECS = {NaiveCodec.name: NaiveCodec()}
+NAIVE = NaiveCodec()
+DECODERS = Decoders()
+LAYOUT = KVLayout(block_size=16, page_bytes=(PAYLOAD_BYTES,), dtype="bfloat16", kernel_format="test")
 
 
 def new_transfer(seed: int) -> Transfer:
@@ -275,14 +278,15 @@ def new_transfer(seed: int) -> Transfer:
         codec=NaiveCodec.name,
         dtype="bfloat16",
     )
-    return Transfer("key", memoryview(bytearray(HEADER_BYTES + PAYLOAD_BYTES)), expected)
+    room = memoryview(bytearray(HEADER_BYTES + PAYLOAD_BYTES + MAX_GROWTH_BYTES))
+    return Transfer("key", room[: HEADER_BYTES + PAYLOAD_BYTES], expected, LAYOUT, room)
 
 
 def frame_of(seed: int) -> bytes:
     transfer = new_transfer(seed)
     prepare(transfer)
     transfer.payload[:] = random.Random(seed).randbytes(PAYLOAD_BYTES)
-    return bytes(encode_frame(transfer, CODECS[NaiveCodec.name]))
+    return bytes(encode_frame(transfer, NAIVE))
 
 
 def rechecked(rng: random.Random, frame: bytes) -> bytes:
@@ -309,7 +313,7 @@ def test_frames(count: int) -> None:
             data = rechecked(rng, frames[0])
         frame = transfer.slot[: len(data)]
         frame[:] = data[: len(frame)]
-        miss = accept_frame(transfer, frame, CODECS)
+        miss = accept_frame(transfer, frame, DECODERS)
         assert isinstance(miss, Miss) or transfer.payload == payload
 
     feed(attempt, count)

@@ -11,7 +11,7 @@ from kvstrata.cache.cache import Cache
 from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Index
 from kvstrata.cache.io import TierIO
-from kvstrata.codecs.base import Codec
+from kvstrata.codecs.open import Decoders, open_codec
 from kvstrata.config import Settings, tier_configs
 from kvstrata.errors import ConfigError
 from kvstrata.memory.pool import SlotAllocator
@@ -28,7 +28,7 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
     Raises:
         ConfigError: a tier, codec or policy cannot be had as configured.
     """
-    codecs: dict[str, Codec] = {name: plugins.load("codecs", name)() for name in plugins.names("codecs")}
+    decoders = Decoders()
     policy = plugins.load("policies", settings.cache_policy.lower())()
     tiers: list[TierIO] = []
     for config in tier_configs(settings):
@@ -37,8 +37,8 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
             TierIO(
                 tier,
                 config.name,
-                codecs[config.codec],
-                codecs,
+                open_codec(config.codec),
+                decoders,
                 metrics,
                 num_workers=int(config.options["num_workers"]),
                 write_queue_bytes=min(settings.write_queue_bytes, region.size_bytes // 2),

@@ -7,11 +7,12 @@ import threading
 import msgspec
 
 from kvstrata.cache.index import Entry
-from kvstrata.codecs.base import Codec
+from kvstrata.codecs.base import Codec, PayloadDescription
 from kvstrata.codecs.naive import NaiveCodec
+from kvstrata.codecs.open import Decoders
 from kvstrata.errors import FrameError
-from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
-from kvstrata.types import Miss, MissReason
+from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES, FrameHeader, payload_checksum
+from kvstrata.types import KVLayout, Miss, MissReason
 
 
 class Transfer(msgspec.Struct, frozen=True, eq=False):
@@ -22,6 +23,10 @@ class Transfer(msgspec.Struct, frozen=True, eq=False):
     """The slot: a header, then the payload."""
     expected: FrameHeader
     """What the frame must say of itself; sizes, checksum, codec and time are the frame's own."""
+    layout: KVLayout
+    """The one that ``expected`` has the fingerprint of."""
+    room: memoryview
+    """The slot and, for reading, the room behind it."""
 
     @property
     def payload(self) -> memoryview:
@@ -32,9 +37,12 @@ def transfer_of(pool: memoryview, entry: Entry, tokens_hash: bytes, created_at: 
     """An entry's slot, and what a frame in it must say."""
     layout = entry.namespace.layout
     payload_bytes = entry.payload_bytes
+    frame_bytes = HEADER_BYTES + payload_bytes
     return Transfer(
         key=entry.namespace.key(entry.chunk_hash, entry.shard),
-        slot=pool[entry.offset : entry.offset + HEADER_BYTES + payload_bytes],
+        slot=pool[entry.offset : entry.offset + frame_bytes],
+        room=pool[entry.offset : entry.offset + frame_bytes + MAX_GROWTH_BYTES],
+        layout=layout,
         expected=FrameHeader(
             shard=entry.shard,
             first_token=entry.first_token,
@@ -85,36 +93,49 @@ def seal(transfer: Transfer) -> None:
             ).pack_into(transfer.slot)
 
 
+def describe(header: FrameHeader, layout: KVLayout) -> PayloadDescription:
+    """What a codec is told of a frame's payload. The header has been checked against ``layout``."""
+    return PayloadDescription(
+        layout=layout,
+        num_tokens=header.num_tokens,
+        payload_bytes=header.payload_bytes,
+        dtype=header.dtype,
+        shard=header.shard,
+        group=header.group,
+        first_token=header.first_token,
+        chunk_hash=header.chunk_hash,
+        codec=header.codec,
+        codec_parameters=header.codec_parameters,
+    )
+
+
 def encode_frame(transfer: Transfer, codec: Codec) -> memoryview:
     """The frame to write. For a passthrough codec that is the slot itself."""
     if codec.passthrough:
         seal(transfer)
         return transfer.slot
-    scratch = memoryview(bytearray(HEADER_BYTES + codec.max_encoded_bytes(len(transfer.payload))))
-    encoded_bytes = codec.encode(transfer.payload, scratch[HEADER_BYTES:])
-    frame = scratch[: HEADER_BYTES + encoded_bytes]
     with _seal_lock:
         header = _slot_header(transfer)
+    header = msgspec.structs.replace(header, codec=codec.name, codec_parameters=codec.parameters)
+    what = describe(header, transfer.layout)
+    scratch = memoryview(bytearray(HEADER_BYTES + codec.max_encoded_bytes(what)))
+    encoded_bytes = codec.encode(transfer.payload, what, scratch[HEADER_BYTES:])
+    frame = scratch[: HEADER_BYTES + encoded_bytes]
     msgspec.structs.replace(
-        header,
-        encoded_bytes=encoded_bytes,
-        codec=codec.name,
-        codec_parameters=codec.parameters,
-        payload_checksum=payload_checksum(frame[HEADER_BYTES:]),
+        header, encoded_bytes=encoded_bytes, payload_checksum=payload_checksum(frame[HEADER_BYTES:])
     ).pack_into(frame)
     return frame
 
 
 def read_buffer(transfer: Transfer, codec: Codec) -> memoryview:
-    """Where a tier of that codec should read the frame to: the slot itself wherever the codec allows."""
-    if codec.passthrough:
-        return transfer.slot
-    payload_bytes = len(transfer.payload)
-    size = HEADER_BYTES + max(payload_bytes, codec.max_encoded_bytes(payload_bytes))
-    return memoryview(bytearray(size))
+    """Where a tier of that codec should read the frame to: the slot itself wherever the codec allows.
+
+    It has room for a frame of any codec, not only that one: others may have written there.
+    """
+    return transfer.room if codec.passthrough else memoryview(bytearray(len(transfer.room)))
 
 
-def accept_frame(transfer: Transfer, frame: memoryview, codecs: dict[str, Codec]) -> Miss | None:
+def accept_frame(transfer: Transfer, frame: memoryview, decoders: Decoders) -> Miss | None:
     """Check a frame that was read and bring its payload into the slot; a miss when it is not the right one."""
     try:
         header = FrameHeader.unpack(frame)
@@ -122,24 +143,22 @@ def accept_frame(transfer: Transfer, frame: memoryview, codecs: dict[str, Codec]
         encoded = frame[HEADER_BYTES : HEADER_BYTES + header.encoded_bytes]
         if payload_checksum(encoded) != header.payload_checksum:
             raise FrameError(MissReason.CORRUPT, "the payload's checksum is wrong")
-        _decode(transfer, header, encoded, codecs)
+        _decode(transfer, header, encoded, decoders)
     except FrameError as error:
         return Miss(MissReason(error.reason), str(error))
     return None
 
 
-def _decode(transfer: Transfer, header: FrameHeader, encoded: memoryview, codecs: dict[str, Codec]) -> None:
-    codec = codecs.get(header.codec)
-    if codec is None:
-        raise FrameError(MissReason.LAYOUT_MISMATCH, f"codec {header.codec!r} is not known here")
+def _decode(transfer: Transfer, header: FrameHeader, encoded: memoryview, decoders: Decoders) -> None:
+    codec = decoders.find(header.codec)
     in_place = encoded.obj is transfer.slot.obj
     if codec.passthrough and in_place:
         if len(encoded) != len(transfer.payload):
             raise FrameError(MissReason.CORRUPT, f"payload of {len(encoded)} bytes")
         return
-    codec.decode(
-        memoryview(bytes(encoded)) if in_place else encoded, header.codec_parameters, transfer.payload
-    )
+    what = describe(header, transfer.layout)
+    source = memoryview(bytes(encoded)) if in_place else encoded
+    codec.decode(source, what, header.codec_parameters, transfer.payload)
     if not in_place:
         # The slot may still have the header of an earlier frame: other bytes of the same tokens, or another shard.
         header.pack_into(transfer.slot)

@@ -5,8 +5,9 @@
     any of them ──dropped while leased──> DROPPED ──last lease ends──> freed
 
 A slot holds one frame: a header of ``HEADER_BYTES``, then the payload, so that a frame goes to and comes from
-a tier without a copy. Only READY entries without a lease and without a child in L1 are evicted, so that tails
-and the ends of chains go before the prefixes that they depend on. A slot is never freed under a lease.
+a tier without a copy; behind it is room for what a codec may add. Only READY entries without a lease and without
+a child in L1 are evicted, so that tails and the ends of chains go before the prefixes that they depend on. A slot
+is never freed under a lease.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import enum
 import itertools
 from collections.abc import Iterable
 
-from kvstrata.frame import HEADER_BYTES
+from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.base import EvictionPolicy
 from kvstrata.types import MissReason, Namespace, Piece
@@ -107,11 +108,11 @@ class Index:
 
         The key must not be held.
         """
-        frame_bytes = HEADER_BYTES + namespace.layout.payload_bytes(piece.num_tokens)
+        slot_bytes = HEADER_BYTES + namespace.layout.payload_bytes(piece.num_tokens) + MAX_GROWTH_BYTES
         parent = self.get(piece.parent_hash, shard)
         if parent is not None:
             parent.num_children += 1  # so that it is not the victim that makes room for its child
-        offset = self._allocate(frame_bytes)
+        offset = self._allocate(slot_bytes)
         if offset is None:
             if parent is not None:
                 parent.num_children -= 1
@@ -121,7 +122,7 @@ class Index:
         entry.leases = 1
         self.entries[entry.key] = entry
         self._ghosts.pop(entry.key, None)
-        self.policy.added(entry.key, frame_bytes)
+        self.policy.added(entry.key, slot_bytes)
         return entry
 
     def _allocate(self, size_bytes: int) -> int | None:

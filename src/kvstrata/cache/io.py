@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.codecs.base import Codec
+from kvstrata.codecs.open import Decoders
 from kvstrata.errors import TierError, TierFull
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.base import Tier
@@ -30,6 +31,9 @@ BATCH_BYTES = 16 << 20
 
 _SIZE_SECONDS = 0.25
 """How long statistics wait for a backend; then they show what it said the last time."""
+
+_MAX_SAID = 16
+"""Different reasons why entries cannot be read that a tier's log names."""
 
 T = TypeVar("T")
 _PROBE_KEY = "kvstrata@probe@0@0@0"
@@ -97,7 +101,7 @@ class TierIO:
         tier: Tier,
         name: str,
         codec: Codec,
-        codecs: dict[str, Codec],
+        decoders: Decoders,
         metrics: Metrics,
         *,
         num_workers: int,
@@ -114,7 +118,8 @@ class TierIO:
         self.breaker = breaker or Breaker()
         self.queued_bytes = 0
         self.num_dropped = 0
-        self._codecs = codecs
+        self._decoders = decoders
+        self._said_codecs: set[str] = set()
         self._metrics = metrics
         self._write_queue_bytes = write_queue_bytes
         self._probe_seconds = probe_seconds
@@ -194,10 +199,18 @@ class TierIO:
                 if miss.reason in (MissReason.CORRUPT, MissReason.LAYOUT_MISMATCH):
                     logger.warning("tier %s: entry %s is unusable: %s", self.name, transfer.key, miss.detail)
                     bad.append(transfer.key)
+                elif miss.reason in (MissReason.UNKNOWN_CODEC, MissReason.UNDECRYPTABLE):
+                    self._say_once(transfer.key, miss.detail)
         done(batch, outcome)
         reading.add(sum(len(t.payload) for t, miss in zip(batch, outcome, strict=True) if miss is None))
         if bad:
             self.delete(bad)
+
+    def _say_once(self, key: str, detail: str) -> None:
+        """An entry that others can read: it stays, and one line in the log is enough for all of its kind."""
+        if detail not in self._said_codecs and len(self._said_codecs) < _MAX_SAID:
+            self._said_codecs.add(detail)
+            logger.warning("tier %s: entry %s cannot be read here: %s", self.name, key, detail)
 
     def _accept(self, transfer: Transfer, buffer: memoryview, result: int | Miss) -> Miss | None:
         """Check one frame that was read; also what a tier or a codec breaks its contract with ends as a miss."""
@@ -205,7 +218,7 @@ class TierIO:
             return result
         if not 0 <= result <= len(buffer):
             return Miss(MissReason.CORRUPT, f"{result} bytes in a buffer of {len(buffer)}")
-        miss, error = _attempt(lambda: accept_frame(transfer, buffer[:result], self._codecs))
+        miss, error = _attempt(lambda: accept_frame(transfer, buffer[:result], self._decoders))
         if error is not None:
             logger.error("tier %s: a codec broke its contract", self.name, exc_info=error)
             return Miss(MissReason.CORRUPT, str(error))
@@ -231,19 +244,27 @@ class TierIO:
         return True
 
     def _write_one(self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool]) -> None:
-        def job() -> bool:
-            self.tier.write([transfer.key], [encode_frame(transfer, self.codec)])
-            return True
-
         size = len(transfer.slot)
         wanted = is_wanted()
-        written = bool(wanted and not self.breaker.is_open and self._call("write", size, job))
+        written = wanted and not self.breaker.is_open and self._encode_and_write(transfer)
         with self._lock:
             self.queued_bytes -= size
             if wanted and not written:
                 self.num_dropped += 1
                 self._metrics.write_dropped(self.name)
         done(written)
+
+    def _encode_and_write(self, transfer: Transfer) -> bool:
+        frame, error = _attempt(lambda: encode_frame(transfer, self.codec))
+        if frame is None:
+            logger.error("tier %s: codec %s broke its contract", self.name, self.codec.name, exc_info=error)
+            return False
+
+        def job() -> bool:
+            self.tier.write([transfer.key], [frame])
+            return True
+
+        return bool(self._call("write", len(transfer.slot), job))
 
     # Deletes
 

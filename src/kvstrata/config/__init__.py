@@ -7,6 +7,7 @@ tiers = tier_configs(resolved.settings)
 
 from __future__ import annotations
 
+from kvstrata.config.codecs import chain_fault, parse_codec
 from kvstrata.config.load import DEFAULT, Resolved, load_settings
 from kvstrata.config.secrets import mask, mask_url
 from kvstrata.config.settings import ALIASES, GIB, SETTINGS, Setting, Settings
@@ -21,9 +22,11 @@ __all__ = [
     "Setting",
     "Settings",
     "TierConfig",
+    "chain_fault",
     "load_settings",
     "mask",
     "mask_url",
+    "parse_codec",
     "tier_configs",
     "tier_from_url",
     "unbounded",

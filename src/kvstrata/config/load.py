@@ -12,9 +12,10 @@ import msgspec
 import yaml
 
 from kvstrata.config.lmcache import LMCACHE_KEYS, SILENT
+from kvstrata.config.nearest import nearest
 from kvstrata.config.settings import ALIASES, SETTINGS, Settings
 from kvstrata.config.tiers import tier_configs
-from kvstrata.config.values import nearest, parse
+from kvstrata.config.values import parse
 from kvstrata.errors import ConfigError
 
 DEFAULT = "default"

@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvstrata import plugins
+from kvstrata.config.codecs import parse_codec
+from kvstrata.config.nearest import nearest
 from kvstrata.config.secrets import mask
 from kvstrata.config.settings import Settings
-from kvstrata.config.values import SCHEME_KINDS, nearest, parse_directory, url_kind
+from kvstrata.config.values import SCHEME_KINDS, parse_directory, url_kind
 from kvstrata.errors import ConfigError
 
 NO_BUDGET_BYTES = 2**62
@@ -111,7 +113,10 @@ _OWN = frozenset(_Entry.__struct_fields__)
 def _checked(settings: Settings, where: str, kind: str, entry: _Entry, options: dict[str, Any]) -> TierConfig:
     """A tier's configuration whose options its plug-in has accepted."""
     _check_plugin("tiers", "tier", where, kind)
-    _check_plugin("codecs", "codec", where, entry.codec)
+    try:
+        parse_codec(entry.codec)
+    except ValueError as error:
+        raise ConfigError(f"{where}: codec {entry.codec!r} is not allowed: {error}") from None
     options_type = plugins.load("tiers", kind).Options
     general = {"timeout_seconds": settings.blocking_timeout_secs, "num_workers": settings.num_workers}
     options = general | options

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -13,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from kvstrata import plugins
+from kvstrata.config.codecs import parse_codec
 from kvstrata.config.secrets import mask
 from kvstrata.config.settings import Setting
 from kvstrata.errors import ConfigError
@@ -70,12 +70,6 @@ def _boolean(value: Any) -> bool:
     return found
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """ " (did you mean ...?)" when a known name is near ``name``, else an empty string."""
-    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _plugin(group: plugins.Group, value: str) -> str:
     listed = plugins.names(group)
     if value.lower() not in listed:
@@ -88,7 +82,11 @@ def _cache_policy(value: str) -> str:
 
 
 def _remote_serde(value: str) -> str:
-    return _plugin("codecs", value)
+    try:
+        parse_codec(value)
+    except ValueError as error:
+        raise _NotAllowedError(str(error)) from None
+    return value.lower()
 
 
 def _log_level(value: str) -> str:

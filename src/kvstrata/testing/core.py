@@ -14,7 +14,8 @@ from kvstrata.cache.index import Index, State
 from kvstrata.cache.io import TierIO
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
-from kvstrata.frame import HEADER_BYTES
+from kvstrata.codecs.open import Decoders
+from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.metrics import Metrics
 from kvstrata.policies.base import EvictionPolicy
@@ -42,13 +43,13 @@ def open_core(
 ) -> Iterator[Cache]:
     """A core whose tiers are named ``tier0``, ``tier1`` ...; the first of ``codecs`` is what they write with."""
     metrics = Metrics()
-    known = {codec.name: codec for codec in [*codecs, NaiveCodec()]}
+    decoders = Decoders(known=codecs)
     opened = [
         TierIO(
             tier,
             f"tier{number}",
-            codecs[0] if codecs else known[NaiveCodec.name],
-            known,
+            codecs[0] if codecs else NaiveCodec(),
+            decoders,
             metrics,
             num_workers=num_workers,
             write_queue_bytes=pool_bytes,
@@ -123,4 +124,4 @@ def _is_loading(cache: Cache) -> bool:
 
 def frame_bytes(namespace: Namespace, num_tokens: int) -> int:
     """Bytes of the slot of a piece."""
-    return HEADER_BYTES + namespace.layout.payload_bytes(num_tokens)
+    return HEADER_BYTES + namespace.layout.payload_bytes(num_tokens) + MAX_GROWTH_BYTES
