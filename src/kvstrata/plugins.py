@@ -8,7 +8,9 @@ Nothing is imported before it is asked for by name. An entry point may name the 
 from __future__ import annotations
 
 import functools
+import importlib
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any, Literal
 
 from kvstrata.errors import PluginError
@@ -49,3 +51,18 @@ def _advice(point: EntryPoint) -> str:
     if not point.extras or point.dist is None:
         return ""
     return f"; install it with: pip install '{point.dist.name}[{','.join(point.extras)}]'"
+
+
+def library(name: str, extra: str, system_package: str = "") -> ModuleType:
+    """Import the module ``name`` of a client library that only one plug-in needs; its settings can be read without.
+
+    Raises:
+        PluginError: it is not installed, or cannot be loaded; the message says what to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise PluginError(f"{error}; install it with: pip install 'kvstrata[{extra}]'") from error
+    except (ImportError, OSError) as error:
+        wants = f"; it wants a package of the system (Debian: {system_package})" if system_package else ""
+        raise PluginError(f"the library {name!r} cannot be loaded: {error}{wants}") from error

@@ -61,7 +61,7 @@ def test_a_file_url_is_a_disk_tier() -> None:
     ("item", "message"),
     [
         ({}, "it needs 'kind' or 'url'"),
-        ({"kind": "dsik"}, "no tier 'dsik' in this version (did you mean 'disk'?); there is disk, redis"),
+        ({"kind": "dsik"}, "no tier 'dsik' in this version (did you mean 'disk'?); there is disk, "),
         ({"url": "s4://x"}, "this version has tiers for"),
         ({"kind": "disk", "path": "/x"}, "missing required field `max_bytes`"),
         ({"kind": "disk", "path": "/x", "max_byte": 5}, "no option 'max_byte' (did you mean 'max_bytes'?)"),
