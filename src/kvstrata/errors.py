@@ -8,6 +8,7 @@
     ├── FrameError             bytes that are not the frame that was asked for; becomes a miss
     ├── TierError              a backend failed; becomes a miss at the border in ``cache.io``
     │   ├── TierUnavailable    it cannot be reached, or did not answer within its deadline
+    │   │   └── TierPartlyUnavailable    a part of it; the rest serves
     │   └── TierFull           it has no room and does not evict
     ├── ProtocolError          a message that breaks the protocol, or another protocol version
     └── ServerUnavailable      no server answered within the deadline
@@ -55,6 +56,10 @@ class TierError(KVStrataError):
 
 class TierUnavailable(TierError):
     """A backend cannot be reached or did not answer in time."""
+
+
+class TierPartlyUnavailable(TierUnavailable):
+    """What was asked of a backend did not reach one of its servers; the others serve, so it is not given up."""
 
 
 class TierFull(TierError):

@@ -478,7 +478,7 @@ def test_a_plain_server_where_tls_is_expected(redis_server: RedisServer, keys: l
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, int], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(ValueError, match=text):
         open_tier("redis://127.0.0.1", **settings)
 
 

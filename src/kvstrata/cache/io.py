@@ -19,7 +19,7 @@ from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders
-from kvstrata.errors import TierError, TierFull
+from kvstrata.errors import TierError, TierFull, TierPartlyUnavailable
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.base import Tier
 from kvstrata.types import Miss, MissReason, TierStats
@@ -327,6 +327,9 @@ class TierIO:
                 # As text: a log record that keeps the exception keeps its frames, and with them the pool mapped.
                 logger.warning("tier %s is full and does not evict: %s", self.name, str(error))
                 self._said_full = True
+            return
+        if isinstance(error, TierPartlyUnavailable):
+            # Nor is one server of many; the tier says itself which one it lost.
             return
         if not isinstance(error, TierError):
             logger.error("tier %s broke the tier contract in %s", self.name, operation, exc_info=error)

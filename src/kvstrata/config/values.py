@@ -127,7 +127,15 @@ def parse_directory(value: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-SCHEME_KINDS = {"file": "disk", "rediss": "redis", "unix": "redis"}
+_REDIS_SCHEMES = (
+    *(
+        f"{name}{suffix}"
+        for name in ("redis", "rediss", "valkey", "valkeys")
+        for suffix in ("-sentinel", "-cluster")
+    ),
+    *("rediss", "valkey", "valkeys", "unix"),
+)
+SCHEME_KINDS = {"file": "disk"} | dict.fromkeys(_REDIS_SCHEMES, "redis")
 """URL schemes whose tier goes by another name. Every other scheme is the name of its tier."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kvstrata.errors import FrameError
 from kvstrata.frame import FRAME_VERSION, HEADER_BYTES, FrameHeader
 from kvstrata.types import parse_key
@@ -10,8 +12,13 @@ VALUE_SUFFIX = b"kv_bytes"
 METADATA_SUFFIX = b"metadata"
 
 
+_ENGINE = re.compile(r"[A-Za-z0-9._-]+@")
+
+
 def is_key(text: str) -> bool:
-    """Whether ``text`` is a readable key of kvstrata."""
+    """Whether ``text`` is a readable key of kvstrata, without another one's prefix before the engine's name."""
+    if not _ENGINE.match(text):
+        return False
     try:
         parse_key(text)
     except ValueError:
