@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstrata.errors import ConfigError, TierFull, TierUnavailable
+from kvstrata.testing.s3_server import BUCKET, ENVIRONMENT, SECRET_KEY, S3Server
+from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
+from kvstrata.tiers.base import Tier
+from kvstrata.tiers.s3 import S3Options, S3Tier
+from kvstrata.tiers.s3.names import object_name
+from kvstrata.types import Miss, MissReason
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-such-file"))
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+def open_tier(url: str, **options: object) -> S3Tier:
+    return S3Tier(S3Options(url=url, **{"timeout_seconds": 30.0} | options))
+
+
+@pytest.fixture
+def url(s3_server: S3Server) -> str:
+    """A prefix of its own for each test."""
+    return s3_server.url(f"t{next(NUMBERS)}/kv")
+
+
+@pytest.fixture
+def tier(url: str) -> Iterator[S3Tier]:
+    with contextlib.closing(open_tier(url)) as tier:
+        yield tier
+
+
+@pytest.fixture
+def keys() -> list[str]:
+    return make_keys(10)
+
+
+class TestS3Tier(TierContract):
+    @pytest.fixture
+    def tier(self, url: str) -> Iterator[Tier]:
+        with contextlib.closing(open_tier(url)) as tier:
+            yield tier
+
+
+class TestS3TierByRanges(TierContract):
+    """All frames above 16 KiB are read by ranges, and every look-up asks."""
+
+    @pytest.fixture
+    def tier(self, url: str) -> Iterator[Tier]:
+        with contextlib.closing(open_tier(url, known_seconds=0)) as tier:
+            tier._requests._part_bytes = 16_384  # a user's parts are at least 5 MiB
+            yield tier
+
+    test_scan_of_many_while_deleting = None  # nothing of it depends on ranges
+    test_scan_by_any_prefix = None
+    test_large_batches = None
+
+
+# -- objects as others see them
+
+
+def test_one_object_per_frame_with_a_plain_name(s3_server: S3Server, url: str, keys: list[str]) -> None:
+    with contextlib.closing(open_tier(url)) as tier:
+        tier.write(keys[:1], [make_frame(5000)])
+        root = tier.location.prefix
+    (page,) = s3_server.store().list(prefix=root)
+    (entry,) = page
+    assert entry["path"] == f"{root}/vllm@org=2Fmodel@1/0/{keys[0][-64:]}.kv"
+    assert entry["size"] == 5000
+
+
+def test_objects_of_others_are_not_keys(s3_server: S3Server, tier: S3Tier, keys: list[str]) -> None:
+    store, root = s3_server.store(), tier.location.prefix
+    digest = "ab" * 32
+    for name in ("notes.txt", f"{digest}.kv", f"vllm@m@1/x/{digest}.kv", f"vllm@m@1/0/{digest}.kv.bak"):
+        store.put(f"{root}/{name}", b"theirs", use_multipart=False)
+    store.put(f"{root}2/{object_name(keys[1])}", b"beside", use_multipart=False)
+    tier.write(keys[:1], [make_frame(10)])
+    assert list(tier.scan()) == keys[:1]
+    assert list(tier.scan("vllm@m@1@")) == []
+
+
+def test_large_frames_are_uploaded_in_parts(s3_server: S3Server, url: str, keys: list[str]) -> None:
+    size = (13 << 20) + 5
+    with contextlib.closing(open_tier(url, part_bytes=5 << 20, multipart_bytes=5 << 20)) as tier:
+        tier.write(keys[:1], [make_frame(size)])
+        assert read_frames(tier, keys[:1], room=size) == [bytes(make_frame(size))]
+        (entry,) = next(iter(s3_server.store().list(prefix=tier.location.prefix)))
+    assert entry["e_tag"].strip('"').endswith("-3"), "the tag of an object of three parts"
+
+
+# -- what is known
+
+
+def test_a_key_that_was_seen_is_not_asked_for_again(url: str, keys: list[str]) -> None:
+    with contextlib.closing(open_tier(url)) as one, contextlib.closing(open_tier(url)) as other:
+        one.write(keys[:2], [make_frame(100)] * 2)
+        assert other.contains(keys[:3]) == [True, True, False]
+        assert other.contains(keys[1:2]) == [True]
+        assert one.delete(keys[:1]) == 1
+        assert other.contains(keys[:2]) == [True, True], "it was seen a moment ago"
+        assert read_frames(other, keys[:2]) == [Miss(MissReason.ABSENT), bytes(make_frame(100))]
+        assert other.contains(keys[:2]) == [False, True], "the read has found out"
+        one.write(keys[2:3], [make_frame(100)])
+        assert other.contains(keys[2:3]) == [True], "what was absent is asked for each time"
+
+
+# -- servers that are odd, or down
+
+
+class RangeEater:
+    """Between client and server; the server never sees the header Range, so that it sends whole objects."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets += [client, server]
+                for source, sink, edit in ((client, server, _without_range), (server, client, bytes)):
+                    thread = threading.Thread(target=self._pump, args=(source, sink, edit), daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket, edit: Callable[[bytes], bytes]) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(edit(data))
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join(5)
+
+
+def _without_range(data: bytes) -> bytes:
+    return data.replace(b"\r\nrange: ", b"\r\nx-not: ")
+
+
+def test_a_server_that_ignores_ranges_gives_right_answers(
+    s3_server: S3Server,
+    url: str,
+    keys: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with contextlib.closing(open_tier(url)) as tier:
+        tier.write(keys[:4], [make_frame(100_000 + at, at) for at in range(4)])
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")  # the signature covers the header
+    with contextlib.closing(RangeEater(s3_server.port)) as proxy:
+        odd = url.replace(str(s3_server.port), str(proxy.port))
+        with contextlib.closing(open_tier(odd)) as tier:
+            tier._requests._part_bytes = 16_384
+            for _ in range(2):
+                frames = read_frames(tier, keys[:4], room=200_000)
+                assert frames == [bytes(make_frame(100_000 + at, at)) for at in range(4)]
+            (large,) = tier.read(keys[:1], [memoryview(bytearray(99_999))])
+            assert isinstance(large, Miss)
+            assert large.reason == MissReason.CORRUPT
+    assert [record.levelname for record in caplog.records].count("WARNING") >= 1
+    assert "ignores the Range header" in caplog.text
+
+
+def operations(tier: S3Tier, keys: list[str]) -> list[Callable[[], Any]]:
+    return [
+        lambda: tier.contains(keys),
+        lambda: read_frames(tier, keys),
+        lambda: tier.write(keys, [make_frame(10)] * len(keys)),
+        lambda: tier.delete(keys),
+        lambda: list(tier.scan()),
+    ]
+
+
+def test_a_server_that_dies_hangs_or_returns_empty(keys: list[str]) -> None:
+    with S3Server() as server:
+        with contextlib.closing(open_tier(server.url("p"), timeout_seconds=0.5, known_seconds=0)) as tier:
+            tier.write(keys[:2], [make_frame(100)] * 2)
+            server.suspend()
+            for operation in operations(tier, keys[:2]):
+                with pytest.raises(TierUnavailable):
+                    operation()
+            server.resume()
+            server.kill()
+            for operation in operations(tier, keys[:2]):
+                with pytest.raises(TierUnavailable):
+                    operation()
+            server.start()
+        with contextlib.closing(open_tier(server.url("p"))) as tier:
+            assert tier.contains(keys[:2]) == [False, False]
+            assert read_frames(tier, keys[:1]) == [Miss(MissReason.ABSENT)]
+            tier.write(keys[:1], [make_frame(100)])
+            assert tier.contains(keys[:2]) == [True, False]
+
+
+def test_refused_credentials_are_unavailable_and_not_shown(
+    url: str, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-secret")
+    with contextlib.closing(open_tier(url)) as tier:
+        for operation in operations(tier, keys[:1]):
+            with pytest.raises(TierUnavailable, match="check the credentials") as raised:
+                operation()
+            assert "wrong-and-secret" not in str(raised.value)
+            assert ENVIRONMENT["AWS_ACCESS_KEY_ID"] not in str(raised.value)
+
+
+def test_a_missing_bucket_is_no_miss(url: str, keys: list[str]) -> None:
+    with contextlib.closing(open_tier(url.replace(BUCKET, "no-such-bucket"))) as tier:
+        for operation in operations(tier, keys[:1]):
+            with pytest.raises(TierUnavailable):
+                operation()
+
+
+def test_a_profile_of_the_shared_file(
+    url: str, keys: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    file.write_text(
+        "[default]\naws_access_key_id = nobody\naws_secret_access_key = x\n[team]\n"
+        f"aws_access_key_id = {ENVIRONMENT['AWS_ACCESS_KEY_ID']}\naws_secret_access_key = {SECRET_KEY}\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    with contextlib.closing(open_tier(url)) as tier, pytest.raises(TierUnavailable):
+        tier.contains(keys)
+    monkeypatch.setenv("AWS_PROFILE", "team")
+    with contextlib.closing(open_tier(url)) as tier:
+        assert tier.contains(keys) == [False] * 10
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    with contextlib.closing(open_tier(url)) as tier, pytest.raises(TierUnavailable):
+        tier.contains(keys)
+
+
+def test_a_key_too_long_for_s3_is_refused_and_not_held(tier: S3Tier) -> None:
+    long = make_keys(1, "模" * 300)
+    assert tier.contains(long) == [False]
+    assert read_frames(tier, long) == [Miss(MissReason.ABSENT)]
+    with pytest.raises(TierFull, match="S3 allows 1024"):
+        tier.write(long, [make_frame(10)])
+
+
+def test_the_first_operation_says_what_it_found(
+    tier: S3Tier, keys: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kvstrata")
+    tier.contains(keys)
+    tier.contains(keys)
+    (record,) = [record for record in caplog.records if record.name.startswith("kvstrata.tiers.s3")]
+    assert tier.describe() in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ttl_seconds": 5}, "lifecycle rule"),
+        ({"part_bytes": 1000}, "part_bytes"),
+        ({"multipart_bytes": 1000}, "multipart_bytes"),
+        ({"max_requests": 0}, "max_requests"),
+    ],
+)
+def test_options_that_cannot_be_used(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        open_tier("s3://bucket", **options)
