@@ -3,8 +3,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
+from kvstrata.testing.proxy import Flow, Link, Proxy
 from kvstrata.testing.s3_server import BUCKET, ENVIRONMENT, SECRET_KEY, S3Server
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
 from kvstrata.tiers.base import Tier
@@ -133,46 +132,6 @@ def test_a_key_that_was_seen_is_not_asked_for_again(url: str, keys: list[str]) -
 # -- servers that are odd, or down
 
 
-class RangeEater:
-    """Between client and server; the server never sees the header Range, so that it sends whole objects."""
-
-    def __init__(self, port: int) -> None:
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                self._sockets += [client, server]
-                for source, sink, edit in ((client, server, _without_range), (server, client, bytes)):
-                    thread = threading.Thread(target=self._pump, args=(source, sink, edit), daemon=True)
-                    self._threads.append(thread)
-                    thread.start()
-
-    @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket, edit: Callable[[bytes], bytes]) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(edit(data))
-            sink.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        for thread in self._threads:
-            thread.join(5)
-
-
 def _without_range(data: bytes) -> bytes:
     return data.replace(b"\r\nrange: ", b"\r\nx-not: ")
 
@@ -187,7 +146,8 @@ def test_a_server_that_ignores_ranges_gives_right_answers(
     with contextlib.closing(open_tier(url)) as tier:
         tier.write(keys[:4], [make_frame(100_000 + at, at) for at in range(4)])
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")  # the signature covers the header
-    with contextlib.closing(RangeEater(s3_server.port)) as proxy:
+    with Proxy(("127.0.0.1", s3_server.port)) as proxy:
+        proxy.link = Link(to_server=Flow(rewrite=_without_range))
         odd = url.replace(str(s3_server.port), str(proxy.port))
         with contextlib.closing(open_tier(odd)) as tier:
             tier._requests._part_bytes = 16_384
