@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from kvstrata.tiers.redis.cluster import ClusterTopology
 from kvstrata.tiers.redis.ring import RingTopology
+from kvstrata.tiers.redis.sentinel import SentinelTopology
 from kvstrata.tiers.redis.server import Limits, Server
 from kvstrata.tiers.redis.topology import SingleTopology, Topology
 from kvstrata.tiers.redis.url import Deployment
@@ -20,5 +22,7 @@ def open_topology(deployment: Deployment, limits: Limits) -> Topology:
             return SingleTopology(Server(deployment.data, limits, context))
         case "ring":
             return RingTopology([Server(endpoint, limits, context) for endpoint in deployment.endpoints])
-        case "sentinel" | "cluster":
-            raise NotImplementedError
+        case "sentinel":
+            return SentinelTopology(deployment, limits, context)
+        case "cluster":
+            return ClusterTopology(deployment, limits, context)

@@ -12,7 +12,7 @@ import msgspec
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.redis.batch import Answer, Request
-from kvstrata.tiers.redis.login import masked
+from kvstrata.tiers.redis.login import fair_share, masked
 from kvstrata.tiers.redis.resp import Connection, ErrorReply, command
 from kvstrata.tiers.redis.server import REJOIN_CODES, Busy, Server
 from kvstrata.tiers.redis.topology import Again, Ask, Topology
@@ -111,10 +111,8 @@ class _Exchange:
             if route.server is None:
                 self._miss(positions, route.reason)
                 continue
-            # What one server makes us wait must leave time for the others.
-            share = (self._until - time.monotonic()) / (len(routes) - number)
             try:
-                connection = route.server.acquire(share)
+                connection = route.server.acquire(fair_share(self._until, len(routes) - number))
             except TierUnavailable as error:
                 self._miss(positions, str(error))
                 if not isinstance(error, Busy) and self._topology.lost(route.server, str(error)):
