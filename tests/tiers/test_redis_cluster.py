@@ -134,6 +134,7 @@ def test_seeds_that_are_gone_are_passed_over(cluster: RedisCluster) -> None:
         url = cluster.url + f",127.0.0.1:{deaf.port}"
         login, _, hosts = url.rpartition("@")
         swapped = f"{login}@" + ",".join(reversed([*hosts.split(","), "127.0.0.1:1"]))
+        flush(cluster)
         with contextlib.closing(open_tier(swapped, connect_timeout_seconds=5.0)) as tier:
             assert tier.contains(make_keys(5)) == [False] * 5
         deaf.resume()
