@@ -14,7 +14,7 @@ from typing import Annotated, cast
 import typer
 
 from kvstrata.__about__ import __version__
-from kvstrata.cli import bench, config, demo, keys, server, version
+from kvstrata.cli import bench, config, demo, keys, remote, server, version
 from kvstrata.errors import ConfigError, KVStrataError, PluginError
 
 OK, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -32,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("server", epilog=server.EXAMPLE)(server.server)
+app.command("remote", epilog=remote.EXAMPLE)(remote.remote)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")

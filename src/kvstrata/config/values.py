@@ -135,7 +135,7 @@ _REDIS_SCHEMES = (
     ),
     *("rediss", "valkey", "valkeys", "unix"),
 )
-SCHEME_KINDS = {"file": "disk"} | dict.fromkeys(_REDIS_SCHEMES, "redis")
+SCHEME_KINDS = {"file": "disk", "lms": "lm"} | dict.fromkeys(_REDIS_SCHEMES, "redis")
 """URL schemes whose tier goes by another name. Every other scheme is the name of its tier."""
 
 

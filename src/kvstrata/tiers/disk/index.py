@@ -67,6 +67,11 @@ class Index:
         held = self._entries.get(key)
         return None if held is None else held[0]
 
+    def keys(self) -> list[str]:
+        """All keys, least recently used first."""
+        with self._lock:
+            return list(self._entries)
+
     def totals(self) -> tuple[int, int]:
         """Number of entries and their bytes."""
         with self._lock:

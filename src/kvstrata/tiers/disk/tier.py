@@ -212,6 +212,14 @@ class DiskTier(Tier):
                     if key is not None and key.startswith(prefix):
                         yield key, entry
 
+    def size(self, key: str) -> int | None:
+        """Bytes of ``key``'s frame, None when this process knows of none. From the index, without a system call."""
+        return self._index.size(key)
+
+    def held_keys(self) -> list[str]:
+        """The keys that this process knows of. From the index, without a look at the directory."""
+        return self._index.keys()
+
     def stats(self) -> TierStats:
         """See :class:`Tier`. What this process knows of, without a look at the directory."""
         entries, used = self._index.totals()
