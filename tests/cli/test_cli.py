@@ -18,6 +18,7 @@ from kvstrata.config import SETTINGS
 
 COMMANDS = [
     ("server",),
+    ("remote",),
     ("config", "show"),
     ("config", "check"),
     ("keys", "list"),
@@ -105,7 +106,7 @@ def test_without_arguments_it_shows_help_and_fails() -> None:
         (["server", "--chunk-size", "x"], "--chunk-size"),
         (["server", "--chunk-size", "0"], "chunk_size = 0 (from argument) is not allowed"),
         (["server", "--eviction-policy", "ARC"], "there is lru, s3fifo"),
-        (["server", "--remote-url", "lm://:geheim@h:1"], "remote_url = 'lm://:***@h:1'"),
+        (["server", "--remote-url", "gopher://:geheim@h:1"], "remote_url = 'gopher://:***@h:1'"),
         (["server", "--set", "gate"], "expected KEY=VALUE"),
         (["server", "--set", "gat=1"], "did you mean 'gate'?"),
         (["server", "--set", "port=1", "--port", "2"], "port is given twice"),

@@ -36,7 +36,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("remote_serde", "cachegen", "there is naive"),
     ("remote_url", "memcached://h:1", "this version has tiers for"),
     ("remote_url", "ftp://h:1,h:2", "this version has tiers for"),
-    ("remote_url", "lm://h:1", "redis://"),
+    ("remote_url", "gopher://h:1", "redis://"),
     ("remote_url", "h:6379", "this version has tiers for"),
     ("remote_url", 6379, "a string"),
     ("local_disk", "s3://bucket", "a path or a file:// URL"),
