@@ -43,9 +43,7 @@ MaxFrame = Annotated[
     int, _option("--max-frame-mb", "MIB", "Larger entries are refused.", min=1, max=_MAX_FRAME_MIB)
 ]
 LogLevel = Annotated[str | None, _option("--log-level", "LEVEL", "DEBUG, INFO, WARNING or ERROR.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the process id and the URL as one line of JSON.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the process id and the URL as one line of JSON.")]
 
 
 def remote(

@@ -26,6 +26,7 @@ class LmOptions(TierOptions, frozen=True, kw_only=True):
     ttl_seconds: int | None = None
     """Entries expire after this time, if the server does not let them expire earlier."""
     connect_timeout_seconds: float = 2.0
+    """Deadline of connecting, the TLS handshake and the proof of the token included."""
 
     def __post_init__(self) -> None:
         """So that ``kvstrata config check`` finds a wrong URL."""
