@@ -18,10 +18,14 @@ demo: setup-demo ## A real vLLM that starts warm from memory, Redis and disk
 	@$(BIN)/kvstrata demo --cache-dir .cache --report demo-report.json
 
 test: setup check ## Everything: lint, types, import contracts, and all tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not extra" $(PYTEST_ARGS)
 
 test-unit: setup-tools ## The tests that need no vLLM
-	$(BIN)/python -m pytest -m "not slow and not vllm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not vllm and not extra" $(PYTEST_ARGS)
+
+test-extras: setup ## The tests of client libraries that are too large for the others (NIXL, InfiniStore)
+	$(BIN)/python -m pip install --no-deps nixl-cu12==1.5.1 infinistore==0.2.35
+	$(BIN)/python -m pytest -m extra tests/tiers $(PYTEST_ARGS)
 
 test-faults: setup-tools ## Every backend under every fault; prints the table and writes fault-report.json
 	FAULT_REPORT=$(CURDIR)/fault-report.json $(BIN)/python -m pytest -m fault_suite tests/fault $(PYTEST_ARGS)

@@ -105,7 +105,7 @@ class DiskTier(Tier):
         except (FileNotFoundError, NotADirectoryError):
             return Miss(MissReason.EVICTED if self._index.removed(key) else MissReason.ABSENT)
         try:
-            count = _read_into(fd, buffer, self._index.size(key))
+            count = self._load(fd, buffer, self._index.size(key))
             if count > len(buffer):
                 return Miss(MissReason.CORRUPT, f"file larger than {len(buffer)} bytes")
             if self._index.used(key, count, time.monotonic()):
@@ -158,9 +158,7 @@ class DiskTier(Tier):
         try:
             try:
                 _allocate(fd, len(frame))
-                done = 0
-                while done < len(frame):
-                    done += os.write(fd, frame[done:])
+                self._save(fd, frame)
                 if self.options.fsync:
                     os.fsync(fd)
             finally:
@@ -171,6 +169,16 @@ class DiskTier(Tier):
             raise
         if self.options.fsync:
             _sync_directory(str(Path(target).parent))
+
+    def _load(self, fd: int, buffer: memoryview, expected: int | None) -> int:
+        """Read a file to the start of ``buffer``; more than its length when the file is larger."""
+        return _read_into(fd, buffer, expected)
+
+    def _save(self, fd: int, frame: memoryview) -> None:
+        """Write a frame to a new file, whose blocks are allocated."""
+        done = 0
+        while done < len(frame):
+            done += os.write(fd, frame[done:])
 
     def delete(self, keys: Sequence[str]) -> int:
         """See :class:`Tier`."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.tiers.arena import Arena
 from kvstrata.tiers.mooncake import library
-from kvstrata.tiers.mooncake.arena import Arena
 from kvstrata.tiers.mooncake.options import Master, MooncakeOptions
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Store:
         self._is_suspect = True
         self._is_closed = False
         self._library = library.load()
-        self.arena = Arena(options.local_buffer_size)
+        self.arena = Arena(options.local_buffer_size, "local_buffer_size")
         self._replicas = self._library.ReplicateConfig()
         self._replicas.replica_num = options.replica_num
 

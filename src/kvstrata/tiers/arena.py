@@ -1,4 +1,8 @@
-"""Memory of the tier's own, registered with the library, into which objects are read."""
+"""Memory of a tier's own, registered with a client library, through which its transfers go.
+
+Libraries that have a transfer's memory registered may touch it after they gave the transfer up. In memory of the
+caller, which is another entry's by then, that would be a wrong byte; here it is a broken checksum at worst.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,19 @@ from kvstrata.errors import TierUnavailable
 from kvstrata.memory.pool import SlotAllocator
 
 
-class Arena:
-    """``size_bytes`` of memory (taken as it is touched), lent in pieces. Thread-safe."""
+class TransferStuckError(TierUnavailable):
+    """A transfer did not end in time and goes on; its memory must not be used again."""
 
-    def __init__(self, size_bytes: int) -> None:
+
+class Arena:
+    """``size_bytes`` of memory (taken as it is touched), lent in pieces. Thread-safe.
+
+    ``setting`` is the option that sets the size, for messages.
+    """
+
+    def __init__(self, size_bytes: int, setting: str) -> None:
         self.size_bytes = size_bytes
+        self._setting = setting
         self._memory = mmap.mmap(-1, size_bytes)
         self._view = memoryview(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -27,6 +39,8 @@ class Arena:
     @contextmanager
     def lend(self, sizes: Sequence[int], timeout_seconds: float) -> Iterator[list[tuple[int, memoryview]]]:
         """Pieces of at least these sizes, as address and memory; waits while others have too much.
+
+        They are taken back at the end of the ``with`` block, unless it ends with :class:`TransferStuckError`.
 
         Raises:
             TierUnavailable: there is not that much, or it did not become free in time.
@@ -39,12 +53,15 @@ class Arena:
                     if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                         raise TierUnavailable(
                             f"no room for {sum(sizes)} bytes in a buffer of {self.size_bytes};"
-                            " raise local_buffer_size"
+                            f" raise {self._setting}"
                         )
             yield [
                 (self.address + offset, self._view[offset : offset + size])
                 for offset, size in zip(offsets, sizes, strict=True)
             ]
+        except TransferStuckError:
+            offsets.clear()
+            raise
         finally:
             with self._changed:
                 for offset in offsets:
