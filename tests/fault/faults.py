@@ -40,7 +40,7 @@ class Fault:
     """Whether a part of what is stored must be found while it lasts."""
 
 
-def _link(link: Link, *, reset: bool = False) -> Callable[[Reached], AbstractContextManager[None]]:
+def link(link: Link, *, reset: bool = False) -> Callable[[Reached], AbstractContextManager[None]]:
     @contextmanager
     def inject(backend: Reached) -> Iterator[None]:
         for proxy in backend.proxies:
@@ -61,24 +61,24 @@ def _garbage(piece: bytes) -> bytes:
 
 
 NETWORK = [
-    Fault("refuses connections", _link(REFUSING), opens=True),
-    Fault("accepts and never answers", _link(BLACK_HOLE), opens=True),
+    Fault("refuses connections", link(REFUSING), opens=True),
+    Fault("accepts and never answers", link(BLACK_HOLE), opens=True),
     Fault(
         "answers after the deadline",
-        _link(Link(to_client=Flow(delay_seconds=1.5 * OPERATION_SECONDS))),
+        link(Link(to_client=Flow(delay_seconds=1.5 * OPERATION_SECONDS))),
         opens=True,
     ),
     Fault(
         "resets in the middle of a bulk",
-        _link(Link(to_client=Flow(reset_after_bytes=20_000)), reset=True),
+        link(Link(to_client=Flow(reset_after_bytes=20_000)), reset=True),
     ),
-    Fault("closes in the middle of a bulk", _link(Link(to_client=Flow(end_after_bytes=20_000)), reset=True)),
-    Fault("answers garbage", _link(Link(to_client=Flow(rewrite=_garbage))), opens=True),
+    Fault("closes in the middle of a bulk", link(Link(to_client=Flow(end_after_bytes=20_000)), reset=True)),
+    Fault("answers garbage", link(Link(to_client=Flow(rewrite=_garbage))), opens=True),
     Fault(
         "corrupts bytes",
-        _link(Link(to_client=Flow(flip_every_bytes=9_973), to_server=Flow(flip_every_bytes=29_989))),
+        link(Link(to_client=Flow(flip_every_bytes=9_973), to_server=Flow(flip_every_bytes=29_989))),
     ),
-    Fault("very slow", _link(Link(to_client=Flow(bytes_per_second=20_000)))),
+    Fault("very slow", link(Link(to_client=Flow(bytes_per_second=20_000)))),
 ]
 
 
@@ -264,9 +264,9 @@ def _wrong_length(piece: bytes) -> bytes:
 
 
 RESP = [
-    Fault("announces wrong lengths", _link(Link(to_client=Flow(rewrite=_wrong_length)), reset=True)),
+    Fault("announces wrong lengths", link(Link(to_client=Flow(rewrite=_wrong_length)), reset=True)),
     Fault(
         "announces 512 MB",
-        _link(Link(to_client=Flow(rewrite=lambda piece: _BULK.sub(b"$536870912\r\n", piece))), reset=True),
+        link(Link(to_client=Flow(rewrite=lambda piece: _BULK.sub(b"$536870912\r\n", piece))), reset=True),
     ),
 ]

