@@ -88,7 +88,7 @@ class S3(Backend):
 
 
 class Mooncake(Backend):
-    """Without a proxy: the library holds the interpreter while it joins, and one in this process could not answer."""
+    """Without a proxy: the library holds the interpreter while it joins; one in this process could not answer."""
 
     name = "mooncake"
     faults: ClassVar = [
