@@ -33,6 +33,7 @@ VALID: dict[str, Any] = {
     "max_local_disk_size": 3.0,
     "remote_url": "redis://h:1",
     "remote_serde": "naive",
+    "encryption_key_file": "/etc/kvstrata/keys",
     "ttl_seconds": 60,
     "tiers": ({"kind": "disk", "path": "/x", "max_bytes": 1000},),
     "blocking_timeout_secs": 2.5,

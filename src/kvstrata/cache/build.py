@@ -28,7 +28,10 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
     Raises:
         ConfigError: a tier, codec or policy cannot be had as configured.
     """
-    decoders = Decoders()
+    keys = {"key_file": settings.encryption_key_file}
+    decoders = Decoders(keys)
+    if settings.encryption_key_file is not None:
+        open_codec("aesgcm", keys)  # so that a key file that cannot be used is found at start
     policy = plugins.load("policies", settings.cache_policy.lower())()
     tiers: list[TierIO] = []
     for config in tier_configs(settings):
@@ -37,7 +40,7 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
             TierIO(
                 tier,
                 config.name,
-                open_codec(config.codec),
+                open_codec(config.codec, keys),
                 decoders,
                 metrics,
                 num_workers=int(config.options["num_workers"]),

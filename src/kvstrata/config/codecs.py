@@ -1,6 +1,7 @@
 """How a codec is spelled: ``NAME``, ``NAME:VALUE`` or ``NAME:OPTION=VALUE,OPTION=VALUE``, chained by ``+``.
 
 ``zstd``, ``zstd:3`` (the value of its first option), ``zstd:level=3``, ``zstd:3+aesgcm``. Case does not matter.
+A value is a number or a word; what an option wants from a file is a setting of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 from kvstrata import plugins
 from kvstrata.config.nearest import nearest
 
-_OPTION = re.compile(r"(?:(?P<key>[a-z_]+)=)?(?P<value>[^=,+]+)")
+_OPTION = re.compile(r"(?:(?P<key>[a-z_]+)=)?(?P<value>[a-z0-9._-]+)")
 
 
 def parse_codec(text: str) -> list[tuple[str, dict[str, str]]]:

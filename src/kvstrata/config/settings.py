@@ -87,8 +87,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ) = None
     remote_serde: Annotated[
         str,
-        _meta("Codec of `remote_url`: the name of a codec plug-in. `naive` stores the bytes as they are."),
+        _meta(
+            "Codec of `remote_url`, as docs/codecs.md lists them: `naive` (bytes as they are), `floats`, `zstd:3`, "
+            "`floats+aesgcm` ..."
+        ),
     ] = "naive"
+    encryption_key_file: (
+        Annotated[
+            str,
+            _meta(
+                "Keys of the codec `aesgcm`: 64 hexadecimal digits a line, the first for writing, all for reading."
+            ),
+        ]
+        | None
+    ) = None
     ttl_seconds: (
         Annotated[
             int,

@@ -166,6 +166,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "log_level": _log_level,
     "server_url": _server_url,
     "local_disk": parse_directory,
+    "encryption_key_file": parse_directory,
     "shm_dir": parse_directory,
     "runtime_dir": parse_directory,
     "remote_url": _remote_url,

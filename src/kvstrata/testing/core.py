@@ -32,6 +32,7 @@ def open_core(
     *,
     pool_bytes: int = 1 << 20,
     codecs: Sequence[Codec] = (),
+    decoders: Decoders | None = None,
     index: Callable[[SlotAllocator, EvictionPolicy], Index] = Index,
     policy: EvictionPolicy | None = None,
     gate: bool = False,
@@ -43,7 +44,7 @@ def open_core(
 ) -> Iterator[Cache]:
     """A core whose tiers are named ``tier0``, ``tier1`` ...; the first of ``codecs`` is what they write with."""
     metrics = Metrics()
-    decoders = Decoders(known=codecs)
+    decoders = decoders or Decoders(known=codecs)
     opened = [
         TierIO(
             tier,

@@ -1,0 +1,120 @@
+"""A fleet whose members write one tier with different codecs, and one that lacks a codec or a key."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvstrata.cache.cache import Cache
+from kvstrata.codecs.open import Decoders, open_codec
+from kvstrata.frame import FrameHeader
+from kvstrata.testing.client import CHUNK_SIZE, Prompt, prompt
+from kvstrata.testing.codec import ZipCodec, make_payload
+from kvstrata.testing.core import open_core, payloads, settle, store, wait_lookup
+from kvstrata.tiers.base import Tier
+from kvstrata.tiers.dict import DictTier
+from kvstrata.tiers.disk import DiskOptions, DiskTier
+from kvstrata.types import Hit, MissReason, Piece
+
+POOL_BYTES = 4 << 20
+SPELLINGS = ("naive", "floats", "zstd:1", "lz4", "aesgcm", "floats+aesgcm")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "keys"
+    path.write_text("5a" * 32)
+    path.chmod(0o600)
+    return {"key_file": str(path)}
+
+
+def content(piece: Piece, shard: int, size: int) -> bytes:
+    """KV of every second piece compresses, that of the others is noise."""
+    seed = random.Random(piece.chunk_hash + bytes([shard])).randrange(2**32)
+    return make_payload(size, "normal" if piece.first_token // CHUNK_SIZE % 2 else "noise", seed=seed)
+
+
+def put(cache: Cache, asked: Prompt) -> None:
+    store(cache, "o", cache.intern(asked.namespace), 0, asked.pieces, content)
+    settle(cache)
+
+
+def get(cache: Cache, asked: Prompt) -> Hit:
+    namespace = cache.intern(asked.namespace)
+    hit = wait_lookup(cache, "o", "r", namespace, asked.prefix)
+    for piece, payload in zip(hit.pieces, payloads(cache, hit, 0, namespace), strict=True):
+        assert payload == content(piece, 0, len(payload))
+    cache.release("o", "r")
+    settle(cache)
+    return hit
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["dict", "disk"])
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(SPELLINGS, repeat=2)))
+def test_each_reads_what_the_other_wrote(
+    first: str, second: str, on_disk: bool, keys: dict[str, str], tmp_path: Path
+) -> None:
+    tier: Tier = DictTier()
+    if on_disk:
+        tier = DiskTier(DiskOptions(path=str(tmp_path / "disk"), max_bytes=1 << 30))
+    one, two = open_codec(first, keys), open_codec(second, keys)
+    asked, other = prompt(3 * CHUNK_SIZE + 20, seed=1), prompt(2 * CHUNK_SIZE + 7, seed=2)
+    with (
+        open_core([tier], pool_bytes=POOL_BYTES, codecs=[one], decoders=Decoders(keys)) as a,
+        open_core([tier], pool_bytes=POOL_BYTES, codecs=[two], decoders=Decoders(keys)) as b,
+    ):
+        put(a, asked)
+        put(b, other)
+        assert get(b, asked).num_tokens == len(asked)
+        assert get(a, other).num_tokens == len(other)
+
+
+@pytest.mark.parametrize(
+    ("reason", "spelling"),
+    [(MissReason.UNDECRYPTABLE, "floats+aesgcm"), (MissReason.UNKNOWN_CODEC, "zip")],
+)
+def test_what_cannot_be_read_here_is_a_miss_and_stays(
+    reason: MissReason, spelling: str, keys: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = DictTier()
+    codec = ZipCodec() if spelling == "zip" else open_codec(spelling, keys)
+    asked = prompt(3 * CHUNK_SIZE, seed=1)
+    with open_core([tier], pool_bytes=POOL_BYTES, codecs=[codec]) as writer:
+        put(writer, asked)
+    stored = dict(tier.frames)
+    assert {FrameHeader.unpack(frame).codec for frame in stored.values()} == {spelling}
+    with open_core([tier], pool_bytes=POOL_BYTES) as reader:
+        for _ in range(2):
+            assert get(reader, asked).miss_reason == reason
+        counts = reader.metrics.totals()["tier_frame_misses"]["tier0"]
+        assert counts[reason] >= 2
+        assert tier.frames == stored
+        warnings = [record for record in caplog.records if "cannot be read here" in record.getMessage()]
+        assert len(warnings) == 1
+        # Computed and stored again, it is written as this member writes.
+        put(reader, asked)
+        assert {FrameHeader.unpack(frame).codec for frame in tier.frames.values()} == {"naive"}
+
+
+def test_a_swapped_entry_is_a_miss(keys: dict[str, str]) -> None:
+    """Also with a header and a checksum that are right for the place."""
+    tier = DictTier()
+    asked = prompt(2 * CHUNK_SIZE, seed=1)
+    codec = open_codec("aesgcm", keys)
+    with open_core([tier], pool_bytes=POOL_BYTES, codecs=[codec], decoders=Decoders(keys)) as cache:
+        put(cache, asked)
+        first, second = (asked.namespace.key(piece.chunk_hash, 0) for piece in asked.pieces)
+        header = FrameHeader.unpack(tier.frames[first])
+        forged = bytearray(tier.frames[second])
+        other = FrameHeader.unpack(forged)
+        msgspec.structs.replace(
+            header, payload_checksum=other.payload_checksum, encoded_bytes=other.encoded_bytes
+        ).pack_into(memoryview(forged))
+        tier.frames[first] = bytes(forged)
+        cache.clear(tiers=False)
+        hit = get(cache, asked)
+        assert (hit.num_tokens, hit.miss_reason) == (0, MissReason.UNDECRYPTABLE)
