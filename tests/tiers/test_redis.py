@@ -201,16 +201,6 @@ def test_large_frames_in_large_batches(tier: RedisTier) -> None:
     assert results[4] == Miss(MissReason.CORRUPT, f"value of {size} bytes for a buffer of {size - 1}")
 
 
-def test_a_frame_over_the_limit_is_refused(
-    redis_server: RedisServer, tier: RedisTier, keys: list[str]
-) -> None:
-    with contextlib.closing(open_tier(redis_server.url, max_value_bytes=1000)) as bounded:
-        with pytest.raises(TierFull, match="max_value_bytes"):
-            bounded.write(keys[:2], [make_frame(1000), make_frame(1001)])
-        bounded.write(keys[:1], [make_frame(1000)])
-        assert list(tier.scan()) == keys[:1]
-
-
 def test_no_more_connections_than_workers(redis_server: RedisServer, client: redis.Redis) -> None:
     before = client.info("clients")["connected_clients"]
     with contextlib.closing(open_tier(redis_server.url, num_workers=3)) as tier:

@@ -1,11 +1,14 @@
-"""The two Redis entries of a shard: their names and what is in the one for people."""
+"""The two Redis entries of a shard: their names and what is in them."""
 
 from __future__ import annotations
 
 import re
 
+import msgspec
+
 from kvstrata.errors import FrameError
 from kvstrata.frame import FRAME_VERSION, HEADER_BYTES, FrameHeader
+from kvstrata.tiers.redis.parts import Manifest
 from kvstrata.types import parse_key
 
 VALUE_SUFFIX = b"kv_bytes"
@@ -13,6 +16,23 @@ METADATA_SUFFIX = b"metadata"
 
 
 _ENGINE = re.compile(r"[A-Za-z0-9._-]+@")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One shard to be written."""
+
+    value_name: bytes
+    metadata_name: bytes
+    frame: memoryview
+    metadata: list[bytes]
+    """Fields and values, alternating."""
+    manifest: Manifest | None
+    """When the frame is stored in parts."""
+
+    @property
+    def value(self) -> memoryview:
+        """What stands under the frame's name: itself, or its manifest."""
+        return self.frame if self.manifest is None else memoryview(self.manifest.pack())
 
 
 def is_key(text: str) -> bool:
@@ -26,8 +46,8 @@ def is_key(text: str) -> bool:
     return True
 
 
-def metadata(key: str, frame: memoryview) -> list[bytes]:
-    """Fields and values, alternating, of the hash beside a frame."""
+def metadata(key: str, frame: memoryview, *, num_parts: int = 0) -> list[bytes]:
+    """Fields and values, alternating, of the hash beside a frame that may be stored in parts."""
     parsed = parse_key(key)
     fields: dict[str, str | int] = {
         "model_name": parsed.model_name,
@@ -37,6 +57,8 @@ def metadata(key: str, frame: memoryview) -> list[bytes]:
         "frame_bytes": len(frame),
         "version": FRAME_VERSION,
     }
+    if num_parts:
+        fields["parts"] = num_parts
     try:
         header = FrameHeader.unpack(frame[:HEADER_BYTES])
     except FrameError:

@@ -13,12 +13,17 @@ from kvstrata.tiers.base import Tier, TierOptions
 from kvstrata.tiers.redis import batch
 from kvstrata.tiers.redis.batch import Commands, Count, Get, set_command
 from kvstrata.tiers.redis.deployment import open_topology
-from kvstrata.tiers.redis.entry import METADATA_SUFFIX, VALUE_SUFFIX, escape_glob, is_key, metadata
+from kvstrata.tiers.redis.entry import METADATA_SUFFIX, VALUE_SUFFIX, Entry, escape_glob, is_key, metadata
 from kvstrata.tiers.redis.exchange import Down, Outcome, Refused, exchange
+from kvstrata.tiers.redis.parts import MANIFEST_BYTES, MAX_PARTS, Manifest, must_split
 from kvstrata.tiers.redis.resp import MAX_BULK_BYTES, ErrorReply, TooLong, command
 from kvstrata.tiers.redis.server import Limits, Server
+from kvstrata.tiers.redis.splitting import find_manifests, read_parts, unlink, write_parts
 from kvstrata.tiers.redis.url import parse_url
 from kvstrata.types import Buffer, Miss, MissReason, TierStats
+
+MIN_PART_BYTES = 1024
+"""The least ``max_value_bytes``."""
 
 
 class RedisOptions(TierOptions, frozen=True, kw_only=True):
@@ -34,7 +39,7 @@ class RedisOptions(TierOptions, frozen=True, kw_only=True):
     """In front of every key, to share a server with others. End it with a character like ``:``."""
     connect_timeout_seconds: float = 2.0
     max_value_bytes: int = MAX_BULK_BYTES
-    """Larger frames are refused."""
+    """Larger frames are stored in parts."""
 
     def __post_init__(self) -> None:
         """Check the settings that types do not. Raises ValueError, which msgspec turns into a ValidationError."""
@@ -44,9 +49,10 @@ class RedisOptions(TierOptions, frozen=True, kw_only=True):
             raise ValueError(str(error)) from None
         if self.ttl_seconds is not None and self.ttl_seconds <= 0:
             raise ValueError(f"ttl_seconds of the redis tier is {self.ttl_seconds}; it must be positive")
-        if not 0 < self.max_value_bytes <= MAX_BULK_BYTES:
+        if not MIN_PART_BYTES <= self.max_value_bytes <= MAX_BULK_BYTES:
             raise ValueError(
-                f"max_value_bytes of the redis tier is {self.max_value_bytes}; allowed are 1 to {MAX_BULK_BYTES}"
+                f"max_value_bytes of the redis tier is {self.max_value_bytes}; allowed are {MIN_PART_BYTES} to"
+                f" {MAX_BULK_BYTES}"
             )
 
     def __repr__(self) -> str:
@@ -87,62 +93,102 @@ class RedisTier(Tier):
         return [outcome == 1 for outcome in outcomes]
 
     def read(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[int | Miss]:
-        """See :class:`Tier`. The kernel copies from the socket into ``buffers``."""
+        """See :class:`Tier`. The kernel copies from the socket into ``buffers``.
+
+        The parts of what was split are read with one more request for all of them.
+        """
         if len(keys) != len(buffers):
             raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")
         if not keys:
             return []
-        outcomes = exchange(self._topology, Get([self._value_name(key) for key in keys], buffers))
+        names = [self._value_name(key) for key in keys]
+        outcomes = exchange(self._topology, Get(names, buffers))
         self._raise_refusals(outcomes)
         self._raise_if_down(outcomes)
-        if self.options.refresh_ttl:
-            self._refresh(
-                [key for key, outcome in zip(keys, outcomes, strict=True) if isinstance(outcome, int)]
-            )
-        return [_result(outcome, len(buffer)) for outcome, buffer in zip(outcomes, buffers, strict=True)]
-
-    def _refresh(self, keys: Sequence[str]) -> None:
-        if self.options.ttl_seconds is None or not keys:
-            return
-        names = [name for key in keys for name in (self._value_name(key), self._metadata_name(key))]
-        exchange(self._topology, Count(b"EXPIRE", names, (b"%d" % self.options.ttl_seconds,)))
+        results = [_result(outcome, len(buffer)) for outcome, buffer in zip(outcomes, buffers, strict=True)]
+        manifests: dict[int, Manifest] = {}
+        for at, (result, buffer) in enumerate(zip(results, buffers, strict=True)):
+            manifest = Manifest.unpack(buffer[:result]) if result == MANIFEST_BYTES else None
+            if manifest is not None:
+                manifests[at] = manifest
+        for at, joined in read_parts(self._topology, names, buffers, manifests).items():
+            results[at] = joined
+        if self.options.refresh_ttl and self.options.ttl_seconds is not None:
+            held = [at for at, result in enumerate(results) if isinstance(result, int)]
+            refreshed = [name for at in held for name in (names[at], self._metadata_name(keys[at]))]
+            refreshed += [name for at in held if at in manifests for name in manifests[at].names(names[at])]
+            if refreshed:
+                seconds = b"%d" % self.options.ttl_seconds
+                exchange(self._topology, Count(b"EXPIRE", refreshed, (seconds,)))
+        return results
 
     def write(self, keys: Sequence[str], frames: Sequence[memoryview]) -> None:
-        """See :class:`Tier`.
+        """See :class:`Tier`. Parts of what is split are written before the manifest that names them.
 
         The metadata is for people: when only it is refused, the frame is stored none the less.
 
         Raises:
-            TierFull: a server is out of memory and evicts nothing.
+            TierFull: a server is out of memory and evicts nothing, or a frame would have too many parts.
             TierPartlyUnavailable: those who are to have some of the frames are down, others are not.
             ValueError: not a key.
         """
+        entries = [self._entry(key, frame) for key, frame in zip(keys, frames, strict=True)]
+        if not entries:
+            return
+        failed = write_parts(self._topology, entries, self.options.ttl_seconds)
+        whole = [entry for entry in entries if entry.value_name not in failed]
+        # An entry that this one replaces may have been split; without the setting none of ours was.
+        splits = self.options.max_value_bytes < MAX_BULK_BYTES or any(entry.manifest for entry in whole)
+        before = find_manifests(self._topology, [entry.value_name for entry in whole]) if splits else {}
+        outcomes = self._set(whole)
+        orphans: list[bytes] = []
+        for entry, outcome in zip(whole, outcomes, strict=True):
+            replaced, left = before.get(entry.value_name), entry.manifest
+            if outcome == b"OK":
+                replaced, left = left, replaced
+            if left is not None and left != replaced:
+                orphans += left.names(entry.value_name)
+        unlink(self._topology, orphans)
+        self._raise_unless_done([*failed.values(), *outcomes])
+
+    def _entry(self, key: str, frame: memoryview) -> Entry:
+        limit = self.options.max_value_bytes
+        manifest = Manifest.of(frame, limit) if must_split(frame, limit) else None
+        num_parts = manifest.num_parts if manifest else 0
+        if num_parts > MAX_PARTS:
+            raise TierFull(
+                f"a frame of {len(frame)} bytes has more than {MAX_PARTS} parts of max_value_bytes"
+            )
+        fields = metadata(key, frame, num_parts=num_parts)
+        return Entry(self._value_name(key), self._metadata_name(key), frame, fields, manifest)
+
+    def _set(self, entries: Sequence[Entry]) -> list[Outcome]:
+        """Write frames (or manifests) and metadata, all with the same time to live; what became of the former."""
+        if not entries:
+            return []
         ttl = self.options.ttl_seconds
-        largest = max((len(frame) for frame in frames), default=0)
-        if largest > self.options.max_value_bytes:
-            raise TierFull(f"a frame of {largest} bytes; max_value_bytes is {self.options.max_value_bytes}")
         names: list[bytes] = []
         commands: list[Sequence[Buffer]] = []
         values: list[int] = []
-        for key, frame in zip(keys, frames, strict=True):
-            fields = metadata(key, frame)
-            value, hash_ = self._value_name(key), self._metadata_name(key)
+        for entry in entries:
             values.append(len(names))
-            names += [value, hash_]
-            commands += [set_command(value, frame, ttl), [command(b"HSET", hash_, *fields)]]
+            names += [entry.value_name, entry.metadata_name]
+            commands.append(set_command(entry.value_name, entry.value, ttl))
+            commands.append([command(b"HSET", entry.metadata_name, *entry.metadata)])
             if ttl is not None:
-                names.append(hash_)
-                commands.append([command(b"EXPIRE", hash_, b"%d" % ttl)])
-        if not names:
-            return
+                names.append(entry.metadata_name)
+                commands.append([command(b"EXPIRE", entry.metadata_name, b"%d" % ttl)])
         outcomes = exchange(self._topology, Commands(names, commands))
-        self._raise_unless_done([outcomes[at] for at in values])
+        return [outcomes[at] for at in values]
 
     def delete(self, keys: Sequence[str]) -> int:
         """See :class:`Tier`. Memory is freed by the server in the background."""
         if not keys:
             return 0
-        names = [*map(self._value_name, keys), *map(self._metadata_name, keys)]
+        values = [self._value_name(key) for key in keys]
+        names = [*values, *map(self._metadata_name, keys)]
+        for name, manifest in find_manifests(self._topology, values).items():
+            names += manifest.names(name)
         outcomes = exchange(self._topology, Count(b"UNLINK", names))
         self._raise_unless_done(outcomes)
         return sum(outcome == 1 for outcome in outcomes[: len(keys)])

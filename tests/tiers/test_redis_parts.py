@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+
+import pytest
+import redis
+import xxhash
+
+from kvstrata.errors import TierFull
+from kvstrata.testing.redis_cluster import RedisCluster
+from kvstrata.testing.redis_server import RedisServer
+from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
+from kvstrata.tiers.base import Tier
+from kvstrata.tiers.redis import RedisOptions, RedisTier
+from kvstrata.tiers.redis.parts import MANIFEST_BYTES, Manifest
+from kvstrata.types import Miss, MissReason
+
+PART_BYTES = 4096
+
+
+def open_tier(url: str, **options: object) -> RedisTier:
+    return RedisTier(RedisOptions(url=url, **({"max_value_bytes": PART_BYTES} | options)))
+
+
+@pytest.fixture
+def tier(redis_server: RedisServer) -> Iterator[RedisTier]:
+    redis_server.ask("FLUSHALL")
+    with contextlib.closing(open_tier(redis_server.url)) as tier:
+        yield tier
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    with redis.Redis(port=redis_server.port) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RedisCluster]:
+    with RedisCluster() as cluster:
+        yield cluster
+
+
+class TestParts(TierContract):
+    @pytest.fixture
+    def tier(self, redis_server: RedisServer) -> Iterator[Tier]:
+        redis_server.ask("FLUSHALL")
+        with contextlib.closing(open_tier(redis_server.url, key_prefix="p:", ttl_seconds=50)) as tier:
+            yield tier
+
+
+class TestPartsInACluster(TierContract):
+    @pytest.fixture
+    def tier(self, cluster: RedisCluster) -> Iterator[Tier]:
+        for node in cluster.nodes:
+            node.ask("FLUSHALL")
+        with contextlib.closing(open_tier(cluster.url, max_value_bytes=50_000)) as tier:
+            yield tier
+
+
+def part_names(client: redis.Redis) -> list[bytes]:
+    return sorted(name for name in client.keys("*") if b"kv_bytes@" in name)
+
+
+def test_the_size_decides(tier: RedisTier, client: redis.Redis) -> None:
+    keys = make_keys(4)
+    sizes = (PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES, 3 * PART_BYTES + 7)
+    tier.write(keys, [make_frame(size, size) for size in sizes])
+    assert read_frames(tier, keys, 20_000) == [bytes(make_frame(size, size)) for size in sizes]
+    counts = [sum(name.startswith(key.encode()) for name in part_names(client)) for key in keys]
+    assert counts == [0, 2, 3, 4]
+    assert client.strlen(f"{keys[0]}kv_bytes") == PART_BYTES
+    assert client.strlen(f"{keys[3]}kv_bytes") == MANIFEST_BYTES
+    assert client.hget(f"{keys[3]}metadata", "parts") == b"4"
+    assert client.hget(f"{keys[3]}metadata", "frame_bytes") == str(sizes[3]).encode()
+    assert sorted(tier.scan()) == sorted(keys)
+    assert tier.delete(keys) == 4
+    assert client.keys("*") == []
+
+
+def test_a_missing_or_foreign_part_is_a_miss(tier: RedisTier, client: redis.Redis) -> None:
+    keys = make_keys(4)
+    tier.write(keys, [make_frame(10_000, at) for at in range(4)])
+    own = [[name for name in part_names(client) if name.startswith(key.encode())] for key in keys]
+    client.delete(own[0][1])
+    client.set(own[1][1], bytes(PART_BYTES))  # another part of the right size
+    client.set(own[2][2], b"short")
+    first, second, third, fourth = read_frames(tier, keys, 20_000)
+    assert first == Miss(MissReason.ABSENT, "a part of the frame is gone")
+    for result in (second, third):
+        assert isinstance(result, Miss)
+        assert result.reason == MissReason.CORRUPT
+    assert fourth == bytes(make_frame(10_000, 3))
+    assert tier.contains(keys) == [True] * 4
+
+
+def test_overwriting_leaves_no_parts_behind(tier: RedisTier, client: redis.Redis) -> None:
+    (key,) = make_keys(1)
+    for size, count in ((20_000, 5), (10_000, 3), (100, 0), (9_000, 3), (9_000, 3)):
+        tier.write([key], [make_frame(size, size)])
+        assert read_frames(tier, [key], 20_000) == [bytes(make_frame(size, size))]
+        assert len(part_names(client)) == count
+
+
+def test_all_parts_expire_with_the_frame(redis_server: RedisServer, client: redis.Redis) -> None:
+    redis_server.ask("FLUSHALL")
+    (key,) = make_keys(1)
+    with contextlib.closing(open_tier(redis_server.url, ttl_seconds=500, refresh_ttl=True)) as tier:
+        tier.write([key], [make_frame(10_000)])
+        names = client.keys("*")
+        assert len(names) == 5
+        assert all(490 < client.ttl(name) <= 500 for name in names)
+        for name in names:
+            client.expire(name, 100)
+        assert read_frames(tier, [key], 10_000) == [bytes(make_frame(10_000))]
+        assert all(490 < client.ttl(name) <= 500 for name in names)
+
+
+def test_who_splits_otherwise_reads_and_deletes_it(redis_server: RedisServer, tier: RedisTier) -> None:
+    keys = make_keys(2)
+    tier.write(keys, [make_frame(10_000, at) for at in range(2)])
+    with contextlib.closing(RedisTier(RedisOptions(url=redis_server.url))) as other:
+        assert read_frames(other, keys, 10_000) == [bytes(make_frame(10_000, at)) for at in range(2)]
+        assert read_frames(other, keys[:1], 9_999)[0].reason == MissReason.CORRUPT
+        assert other.delete(keys) == 2
+    assert redis_server.ask("DBSIZE") == 0
+
+
+def test_a_full_server_keeps_no_half() -> None:
+    config = ["maxmemory 8mb", "maxmemory-policy noeviction"]
+    with (
+        RedisServer(config) as server,
+        contextlib.closing(open_tier(server.url, max_value_bytes=100_000)) as tier,
+    ):
+        keys = make_keys(2)
+        tier.write(keys[:1], [make_frame(1_000_000)])
+        entries = server.ask("DBSIZE")
+        with pytest.raises(TierFull, match="OOM"):
+            tier.write(keys[1:], [make_frame(9_000_000)])
+        assert server.ask("DBSIZE") == entries
+        assert tier.contains(keys) == [True, False]
+        assert read_frames(tier, keys[:1]) == [bytes(make_frame(1_000_000))]
+
+
+def test_too_many_parts(redis_server: RedisServer) -> None:
+    frame = memoryview(bytes(1024 * 4096 + 1))
+    with contextlib.closing(open_tier(redis_server.url, max_value_bytes=1024)) as tier:
+        with pytest.raises(TierFull, match="4096 parts"):
+            tier.write(make_keys(1), [frame])
+        tier.write(make_keys(1), [frame[:-1]])
+        assert tier.delete(make_keys(1)) == 1
+
+
+def test_a_frame_that_looks_like_a_manifest_is_a_frame(redis_server: RedisServer) -> None:
+    frame = memoryview(Manifest(10_000, 100, bytes(16)).pack())
+    (key,) = make_keys(1)
+    with contextlib.closing(RedisTier(RedisOptions(url=redis_server.url))) as tier:
+        tier.write([key], [frame])
+        assert read_frames(tier, [key], 100) == [bytes(frame)]
+        assert tier.delete([key]) == 1
+
+
+def test_only_whole_manifests_are_taken() -> None:
+    good = Manifest(10_000, 3_000, bytes(range(16)))
+    assert Manifest.unpack(good.pack()) == good
+    assert good.num_parts == 4
+    for at in range(MANIFEST_BYTES):
+        damaged = bytearray(good.pack())
+        damaged[at] ^= 1
+        assert Manifest.unpack(damaged) is None
+    for frame_bytes, part_bytes in ((0, 1), (10, 0), (2**63, 1), (2**63, 2**40)):
+        fields = struct.pack("<8sQQ16s", b"KVSPART1", frame_bytes, part_bytes, bytes(16))
+        assert Manifest.unpack(fields + struct.pack("<Q", xxhash.xxh3_64_intdigest(fields))) is None
