@@ -11,7 +11,11 @@
     │   │   └── TierPartlyUnavailable    a part of it; the rest serves
     │   └── TierFull           it has no room and does not evict
     ├── ProtocolError          a message that breaks the protocol, or another protocol version
-    └── ServerUnavailable      no server answered within the deadline
+    ├── ServerUnavailable      no server answered within the deadline
+    └── OperationError         an operator asked for what cannot be done; nothing was changed
+        ├── NotFoundError      there is no such entry, tier, pin, job or model
+        ├── ConflictError      it contradicts the state, or a bound
+        └── BusyError          too much of the kind is going on
 
 A miss is a value (``types.Miss``), never an exception.
 """
@@ -72,3 +76,19 @@ class ProtocolError(KVStrataError):
 
 class ServerUnavailable(KVStrataError):
     """No kvstrata server answered within the deadline."""
+
+
+class OperationError(KVStrataError):
+    """An operator asked for what cannot be done. Nothing was changed."""
+
+
+class NotFoundError(OperationError):
+    """There is no such entry, tier, pin, job or model."""
+
+
+class ConflictError(OperationError):
+    """It contradicts the state that things are in, or would exceed a bound."""
+
+
+class BusyError(OperationError):
+    """As many of these are going on as are allowed; try again later."""

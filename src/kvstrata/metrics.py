@@ -207,6 +207,22 @@ class Metrics:
                     _put(totals, [name, *sample.labels.values()], int(sample.value))
         return totals
 
+    def operation_buckets(self, tier: str, operation: str) -> tuple[list[tuple[float, float]], float]:
+        """The histogram of an operation on a tier: (upper bound, number up to it), and the sum of all seconds."""
+        buckets, seconds = [], 0.0
+        for family in self.tier_operation_seconds.labels(tier, operation).collect():
+            for sample in family.samples:
+                if sample.name.endswith("_bucket"):
+                    buckets.append((float(sample.labels["le"]), sample.value))
+                elif sample.name.endswith("_sum"):
+                    seconds = sample.value
+        return buckets, seconds
+
+    def operation_bytes(self, tier: str, operation: str) -> int:
+        """Bytes moved by an operation on a tier."""
+        (family,) = self.tier_bytes_total.labels(tier, operation).collect()
+        return int(next(sample.value for sample in family.samples if sample.name.endswith("_total")))
+
     def render(self) -> bytes:
         """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry)

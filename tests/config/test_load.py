@@ -47,6 +47,8 @@ VALID: dict[str, Any] = {
     "host": "0.0.0.0",
     "port": 6000,
     "http_host": "::1",
+    "http_open_reads": True,
+    "http_token_file": "/run/token",
     "http_port": 0,
     "log_level": "DEBUG",
 }

@@ -11,24 +11,31 @@ class Breaker:
     """
 
     def __init__(self, failures_to_open: int = 2) -> None:
-        self.is_open = False
+        self.bypassed = False
+        """An operator wants the tier left alone, whatever its state."""
+        self._tripped = False
         self._failures_to_open = failures_to_open
         self._failures = 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether operations are refused."""
+        return self._tripped or self.bypassed
+
     def succeeded(self) -> None:
         self._failures = 0
-        self.is_open = False
+        self._tripped = False
 
     def failed(self) -> bool:
         """Count a fault; whether this one opened the breaker."""
         self._failures += 1
-        if self.is_open or self._failures < self._failures_to_open:
+        if self._tripped or self._failures < self._failures_to_open:
             return False
-        self.is_open = True
+        self._tripped = True
         return True
 
     def stalled(self) -> bool:
         """An operation outlived its deadline: open at once. Whether this opened it."""
         self._failures = self._failures_to_open
-        was_open, self.is_open = self.is_open, True
-        return not was_open
+        was_tripped, self._tripped = self._tripped, True
+        return not was_tripped

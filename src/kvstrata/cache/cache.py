@@ -6,11 +6,12 @@ after the lock is released, on the threads of ``cache.io``. No method waits for 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,8 @@ class Cache:
         self.gate = gate
         self.keep_in_l1 = keep_in_l1
         """False: L1 only passes data on to and from the tiers."""
+        self.stores_frozen = False
+        """An operator wants nothing new to be stored; what is held is served on."""
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._clock = clock
         self._lock = threading.Lock()
@@ -243,6 +246,9 @@ class Cache:
         self, owner: str, namespace: Namespace, shard: int, pieces: Sequence[Piece]
     ) -> list[Slot | None]:
         """Slots for the pieces that are not held; None for those that are, or for which there is no room."""
+        if self.stores_frozen:
+            self.metrics.stores_dropped.inc(len(pieces))
+            return [None] * len(pieces)
         slots: list[Slot | None] = []
         jobs: list[Job] = []
         with self._lock:
@@ -413,6 +419,17 @@ class Cache:
 
     # Operations
 
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[Index]:
+        """The index, under the core's lock: for short state changes that a person asked for. No I/O."""
+        with self._lock:
+            yield self.index
+
+    def namespaces(self) -> list[Namespace]:
+        """The namespaces that clients have registered since the start."""
+        with self._lock:
+            return list(self._namespaces)
+
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         """See ``client.base.Client.report_prefill``."""
         with self._lock:
@@ -461,7 +478,9 @@ class Cache:
             return {
                 "entries": len(self.index),
                 "used_bytes": allocator.used_bytes,
-                "budget_bytes": allocator.capacity_bytes,
+                "budget_bytes": allocator.budget_bytes,
+                "capacity_bytes": allocator.capacity_bytes,
+                "largest_free_bytes": min(allocator.largest_free_bytes, allocator.budget_bytes),
                 "evictions": self.index.num_evicted,
                 "lookups": len(self._lookups),
                 "reservations": len(self._reserved),

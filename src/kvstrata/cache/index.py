@@ -55,6 +55,7 @@ class Entry:
         "num_tokens",
         "offset",
         "parent",
+        "root",
         "state",
         "tiers",
     )
@@ -69,6 +70,8 @@ class Entry:
         self.state = state
         self.parent: Entry | None = None
         self.num_children = 0
+        self.root = b""
+        """The start of its chain, which tells namespace and salt; empty when its parent was not held."""
         self.leases = 0
         """Lookups, reservations and moves that need the slot to stay."""
         self.tiers = 0
@@ -119,6 +122,10 @@ class Index:
             return None
         entry = Entry(entry_key(piece.chunk_hash, shard), namespace, piece, offset, state)
         entry.parent = parent
+        if parent is not None:
+            entry.root = parent.root
+        elif piece.first_token == 0:
+            entry.root = piece.parent_hash
         entry.leases = 1
         self.entries[entry.key] = entry
         self._ghosts.pop(entry.key, None)
@@ -127,7 +134,7 @@ class Index:
 
     def _allocate(self, size_bytes: int) -> int | None:
         offset = self.allocator.allocate(size_bytes)
-        if offset is not None or size_bytes > self.allocator.capacity_bytes:
+        if offset is not None or size_bytes > self.allocator.budget_bytes:
             return offset
         victims = itertools.islice(self.policy.victims(), _MAX_PASSED_OVER)
         for passed, key in enumerate(victims):
@@ -158,6 +165,20 @@ class Index:
             self._ghosts[entry.key] = None
             if len(self._ghosts) > _MAX_GHOSTS:
                 del self._ghosts[next(iter(self._ghosts))]
+
+    def shrink(self, max_evictions: int) -> bool:
+        """Evict, at most so many entries, while more is used than the budget allows; whether more can go."""
+        num_evicted = 0
+        for key in self.policy.victims():
+            if self.allocator.used_bytes <= self.allocator.budget_bytes:
+                return False
+            if num_evicted == max_evictions:
+                return True
+            entry = self.entries[key]
+            if entry.state is State.READY and not entry.leases and not entry.num_children:
+                self.drop(entry, evicted=True)
+                num_evicted += 1
+        return num_evicted > 0  # then their parents can go, which this walk passed over
 
     def unlease(self, entry: Entry) -> None:
         """One lease less. Nobody who held it touches the slot any more."""

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders
-from kvstrata.errors import TierError, TierFull, TierPartlyUnavailable
+from kvstrata.errors import TierError, TierFull, TierPartlyUnavailable, TierUnavailable
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.base import Tier
 from kvstrata.types import Miss, MissReason, TierStats
@@ -275,16 +275,20 @@ class TierIO:
     def _delete_now(self, keys: Sequence[str]) -> None:
         self._call("delete", 0, lambda: self.tier.delete(keys))
 
-    def clear(self, prefix: str, done: Callable[[], None]) -> None:
+    def clear(
+        self, prefix: str, done: Callable[[], None], matches: Callable[[str], bool] = lambda _: True
+    ) -> None:
         """Delete all keys with a prefix in the background, after the writes that are queued.
 
-        It is tried until it succeeds; then ``done`` is called.
+        It is tried until it succeeds; then ``done`` is called. Keys that do not match stay.
         """
 
         def clear() -> int:
             deleted = 0
             batch: list[str] = []
             for key in self.tier.scan(prefix):
+                if not matches(key):
+                    continue
                 batch.append(key)
                 if len(batch) == 256:
                     deleted += self.tier.delete(batch)
@@ -304,6 +308,42 @@ class TierIO:
                 self._writes.submit(job)
 
         self._writes.submit(job)
+
+    # Operations
+
+    def run(self, call: Callable[[Tier], T], timeout_seconds: float) -> T:
+        """Carry out ``call`` on a read thread, between the reads of requests, and wait for it. A fault is the
+        caller's to know, and no reason to leave the tier alone. Not for threads that must not wait.
+
+        Raises:
+            TierUnavailable: the tier is left alone, failed, or took longer.
+        """
+        if self.breaker.is_open:
+            raise TierUnavailable(f"tier {self.name} is down or bypassed")
+        answered = threading.Event()
+        answer: list[tuple[T | None, Exception | None]] = []
+
+        def job() -> None:
+            if not abandoned.is_set():
+                answer.append(_attempt(lambda: call(self.tier)))
+            answered.set()
+
+        abandoned = threading.Event()
+        self._reads.submit(job)
+        if not answered.wait(timeout_seconds):
+            abandoned.set()
+            raise TierUnavailable(f"tier {self.name} did not answer within {timeout_seconds:g} s")
+        result, error = answer[0]
+        if error is not None:
+            raise TierUnavailable(f"tier {self.name}: {error}") from None
+        return cast("T", result)
+
+    @property
+    def state(self) -> str:
+        """ "up", "down" (its breaker is open) or "bypassed" (an operator's wish)."""
+        if self.breaker.bypassed:
+            return "bypassed"
+        return "down" if self.breaker.is_open else "up"
 
     # The border: faults of backends end here
 
@@ -363,6 +403,7 @@ class TierIO:
             "where": self.tier.describe(),
             "codec": self.codec.name,
             "up": not self.breaker.is_open,
+            "state": self.state,
             "entries": held.entries if held else None,
             "used_bytes": held.used_bytes if held else None,
             "budget_bytes": held.budget_bytes if held else None,

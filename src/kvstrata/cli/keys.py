@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ import typer
 
 from kvstrata.cli.output import AsJson, ConfigFile, print_json, print_table
 from kvstrata.config import TierConfig, load_settings, tier_configs, tier_from_url, unbounded
-from kvstrata.errors import ConfigError, FrameError
-from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
+from kvstrata.errors import ConfigError
 from kvstrata.tiers.base import Tier
+from kvstrata.tiers.inspect import inspect_frame
 from kvstrata.tiers.open import open_tier
 from kvstrata.types import Miss, parse_key
 
@@ -28,7 +27,6 @@ app = typer.Typer(
     epilog="Example: kvstrata keys count --tier redis://127.0.0.1:6379",
 )
 
-MAX_FRAME_BYTES = 4 << 30
 _DELETE_BATCH = 256
 _FAULT = 1
 
@@ -163,26 +161,13 @@ def _opened(config: TierConfig) -> Iterator[Tier]:
 
 def _describe(tier: Tier, key: str) -> dict[str, Any]:
     """What the frame under ``key`` says of itself, and whether it is whole."""
-    # The size is not known before: address space for the largest frame; only pages that are read take memory.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    with mmap.mmap(-1, MAX_FRAME_BYTES, flags=flags) as space, memoryview(space) as buffer:
-        (size,) = tier.read([key], [buffer])
-        if isinstance(size, Miss):
-            return {"held": False, "reason": size.reason.value}
-        with buffer[:size] as frame:
-            return {"held": True, "frame_bytes": size, **_frame_fields(frame)}
-
-
-def _frame_fields(frame: memoryview) -> dict[str, Any]:
-    try:
-        header = FrameHeader.unpack(frame)
-    except FrameError as error:
-        return {"intact": False, "fault": str(error)}
-    encoded = frame[HEADER_BYTES:]
-    intact = len(encoded) == header.encoded_bytes and payload_checksum(encoded) == header.payload_checksum
-    fields = {
-        name: value.hex() if isinstance(value, bytes) else value
-        for name, value in msgspec.structs.asdict(header).items()
-    }
-    encoded.release()
-    return {"intact": intact, **fields}
+    found = inspect_frame(tier, key)
+    if isinstance(found, Miss):
+        return {"held": False, "reason": found.reason.value}
+    described: dict[str, Any] = {"held": True, "frame_bytes": found.frame_bytes, "intact": not found.fault}
+    if found.fault:
+        described["fault"] = found.fault
+    if found.header is not None:
+        for name, value in msgspec.structs.asdict(found.header).items():
+            described[name] = value.hex() if isinstance(value, bytes) else value
+    return described

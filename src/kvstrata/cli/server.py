@@ -37,6 +37,11 @@ def server(
     port: Annotated[int | None, _option("--port", "port", "PORT")] = None,
     http_host: Annotated[str | None, _option("--http-host", "http_host", "ADDRESS")] = None,
     http_port: Annotated[int | None, _option("--http-port", "http_port", "PORT")] = None,
+    http_token_file: Annotated[str | None, _option("--http-token-file", "http_token_file", "FILE")] = None,
+    http_open_reads: Annotated[
+        bool | None,
+        typer.Option("--http-open-reads", help="Requests that only read (GET) go without the token."),
+    ] = None,
     local_disk: Annotated[str | None, _option("--local-disk", "local_disk", "DIR")] = None,
     max_local_disk_size: Annotated[
         float | None, _option("--max-local-disk-size", "max_local_disk_size", "GIB")
@@ -68,6 +73,8 @@ def server(
         "port": port,
         "http_host": http_host,
         "http_port": http_port,
+        "http_token_file": http_token_file,
+        "http_open_reads": http_open_reads,
         "local_disk": local_disk,
         "max_local_disk_size": max_local_disk_size,
         "remote_url": remote_url,

@@ -180,6 +180,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ]
         | None
     ) = None
+    http_token_file: (
+        Annotated[
+            str,
+            _meta(
+                "File with the token that requests to the HTTP API must bear. Needed when `http_host` can be "
+                "reached from elsewhere. None: no token."
+            ),
+        ]
+        | None
+    ) = None
+    http_open_reads: Annotated[bool, _meta("Whether requests that only read (GET) go without the token.")] = (
+        False
+    )
     log_level: Annotated[str, _meta("DEBUG, INFO, WARNING, ERROR or CRITICAL.")] = "INFO"
 
     @property

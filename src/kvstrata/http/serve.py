@@ -11,7 +11,9 @@ import time
 import uvicorn
 
 from kvstrata.errors import ConfigError
+from kvstrata.http.access import Access
 from kvstrata.http.app import StatusSource, create_app
+from kvstrata.operations import Operations
 
 _log = logging.getLogger(__name__)
 
@@ -26,14 +28,23 @@ class HttpServer:
     The thread is no daemon: whoever starts it has to stop it.
     """
 
-    def __init__(self, source: StatusSource, host: str = "127.0.0.1", port: int = 8080) -> None:
-        """Nothing is opened yet. Port 0 takes a free one."""
+    def __init__(
+        self,
+        source: StatusSource,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        operations: Operations | None = None,
+        access: Access | None = None,
+    ) -> None:
+        """Nothing is opened yet. Port 0 takes a free one; without ``operations`` it only reads."""
         self.host = host
         self.port = port
         """The port that is listened on, once started."""
         config = uvicorn.Config(
-            create_app(source),
+            create_app(source, operations, access),
             loop="asyncio",
+            http="h11",  # bounds the size of a request's head
+            server_header=False,
             ws="none",
             lifespan="off",
             log_config=None,  # logging is the process's to configure, not a library's

@@ -22,6 +22,7 @@ class SlotAllocator:
     def __init__(self, capacity_bytes: int) -> None:
         """A wholly free range; what exceeds a multiple of the alignment is not used."""
         self._capacity = capacity_bytes - capacity_bytes % SLOT_ALIGNMENT_BYTES
+        self._budget = self._capacity
         self._used = 0
         self._slots: dict[int, int] = {}  # offset -> size
         self._sizes: dict[int, int] = {}  # one int object per size of slot, instead of one per slot
@@ -35,6 +36,16 @@ class SlotAllocator:
     @property
     def capacity_bytes(self) -> int:
         return self._capacity
+
+    @property
+    def budget_bytes(self) -> int:
+        """What slots may take together; no more than the capacity. When lowered below what is used, nothing is
+        handed out until enough was freed."""
+        return self._budget
+
+    @budget_bytes.setter
+    def budget_bytes(self, value: int) -> None:
+        self._budget = max(0, min(value, self._capacity))
 
     @property
     def used_bytes(self) -> int:
@@ -65,7 +76,7 @@ class SlotAllocator:
         size = slot_bytes(size_bytes)
         size = self._sizes.setdefault(size, size)
         index = bisect.bisect_left(self._hole_sizes, size)
-        if index == len(self._hole_sizes):
+        if index == len(self._hole_sizes) or self._used + size > self._budget:
             return None
         found = self._hole_sizes[index]
         offset = self._take_hole(found)

@@ -53,7 +53,7 @@ def _serve(settings: Settings, directory: Path, parent_pid: int) -> None:
         # Ctrl-C reaches the whole process group; the engine decides when this server ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if settings.http_port is not None:
-            stack.enter_context(http_api(server, settings.http_host, settings.http_port))
+            stack.enter_context(http_api(server, settings, settings.http_port))
         server.serve()
 
 

@@ -49,7 +49,7 @@ def run(settings: Settings, on_ready: Callable[[str, str | None], None] | None =
     with (
         contextlib.closing(server),
         stopped_by_signals(server),
-        http_api(server, settings.http_host, http_port) as http_url,
+        http_api(server, settings, http_port) as http_url,
     ):
         if on_ready is not None:
             on_ready(server.endpoint, http_url)
@@ -59,15 +59,21 @@ def run(settings: Settings, on_ready: Callable[[str, str | None], None] | None =
 
 
 @contextlib.contextmanager
-def http_api(server: Server, host: str, port: int) -> Iterator[str | None]:
-    """The HTTP API next to the server, unless its extra is not installed."""
+def http_api(server: Server, settings: Settings, port: int) -> Iterator[str | None]:
+    """The HTTP API next to the server, unless its extra is not installed.
+
+    Raises:
+        ConfigError: its address or token cannot be used.
+    """
     try:
+        from kvstrata.http.access import make_access  # noqa: PLC0415
         from kvstrata.http.serve import HttpServer  # noqa: PLC0415  the extra "http" may be missing
     except ImportError as error:
         logger.warning("no HTTP API: %s; install it with: pip install 'kvstrata[http]'", error)
         yield None
         return
-    http = HttpServer(server, host, port)
+    access = make_access(settings.http_host, settings.http_token_file, open_reads=settings.http_open_reads)
+    http = HttpServer(server, settings.http_host, port, server.operations, access)
     http.start()
     try:
         yield f"http://{http.host}:{http.port}"

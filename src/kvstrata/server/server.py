@@ -19,6 +19,7 @@ from kvstrata.errors import ConfigError, ProtocolError
 from kvstrata.memory.handover import PoolServer
 from kvstrata.memory.region import SharedRegion
 from kvstrata.metrics import Metrics
+from kvstrata.operations import Operations
 from kvstrata.protocol import messages as m
 from kvstrata.protocol.framing import MAX_MESSAGE_BYTES, decode_request, encode
 from kvstrata.server.dispatch import Dispatcher
@@ -27,6 +28,8 @@ from kvstrata.server.sessions import Sessions
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 1000
+_STALLED_SECONDS = 30.0
+"""The server's thread turns every second; when it has not for so long, it hangs."""
 _MAX_BURST = 64
 """Requests that are answered before other descriptors are looked at."""
 
@@ -60,6 +63,7 @@ class Server:
         """
         self._counters = Metrics()
         self.started_at = time.time()
+        self._turned_at = time.monotonic()
         self._stopping = threading.Event()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with contextlib.ExitStack() as stack:
@@ -68,6 +72,8 @@ class Server:
             stack.callback(self._region.close)
             self.cache = build_cache(settings, self._region, self._counters)
             stack.callback(self.cache.close)
+            self.operations = Operations(self.cache, settings)
+            stack.callback(self.operations.close)
             self._sessions = Sessions(self.cache, time.monotonic)
             stack.callback(self._sessions.close)
             self._pool_server = PoolServer(pool_socket, self._region, self.cache.pool_id)
@@ -118,6 +124,8 @@ class Server:
             for ready, _ in self._poller.poll(_POLL_MS):
                 self._serve_ready(ready)
             self._sessions.expire()
+            self.operations.expire()
+            self._turned_at = time.monotonic()
 
     def stop(self) -> None:
         """Let ``serve`` return at once."""
@@ -194,9 +202,11 @@ class Server:
         return self._counters.render()
 
     def health(self) -> dict[str, Any]:
-        """Healthy as long as it answers; a tier that is down is shown, and gone on without."""
-        tiers = {tier.name: "down" if tier.breaker.is_open else "up" for tier in self.cache.tiers}
-        return {"status": "ok", "version": __version__, "tiers": tiers}
+        """Healthy as long as it answers clients; a tier that is down is shown, and gone on without."""
+        tiers = {tier.name: tier.state for tier in self.cache.tiers}
+        stalled = time.monotonic() - self._turned_at > _STALLED_SECONDS
+        status = "stopping" if self._stopping.is_set() else "stalled" if stalled else "ok"
+        return {"status": status, "version": __version__, "tiers": tiers}
 
     def close(self) -> None:
         """Write what is queued within the time, then give everything back. Idempotent."""
