@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from backend_base import Backend
 from directories import Disk
-from redis_family import PlainRedis, RedisRing, TLSRedis, UnixRedis
-from stores import S3, Mooncake
+from redis_family import ClusterRedis, PlainRedis, RedisRing, SentinelRedis, TLSRedis, UnixRedis
+from stores import S3, LMCacheStore, Mooncake, RemoteStore
 
 BACKENDS: dict[str, type[Backend]] = {
-    made.name: made for made in (PlainRedis, UnixRedis, TLSRedis, RedisRing, Disk, S3, Mooncake)
+    made.name: made
+    for made in (
+        PlainRedis,
+        UnixRedis,
+        TLSRedis,
+        RedisRing,
+        SentinelRedis,
+        ClusterRedis,
+        Disk,
+        S3,
+        RemoteStore,
+        LMCacheStore,
+        Mooncake,
+    )
 }
 """All of them, by name."""

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import re
 import signal
+import socket
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 from unittest.mock import patch
@@ -14,7 +16,10 @@ from unittest.mock import patch
 import faults as f
 from backend_base import Backend
 
+from kvstrata.testing.process import ServerProcess, free_port
 from kvstrata.testing.proxy import Flow, Link
+from kvstrata.testing.remote_server import RemoteServerThread
+from kvstrata.tiers.lm import LmOptions, LmTier
 
 _STATUS = re.compile(rb"HTTP/1\.1 20[0-9] [A-Za-z ]+")
 _LENGTH = re.compile(rb"Content-Length: (\d+)")
@@ -146,3 +151,98 @@ class Suspendable:
 
     def resume(self) -> None:
         self.master.signal(signal.SIGCONT)
+
+
+class RemoteStore(Backend):
+    """``kvstrata remote``, as a process of its own."""
+
+    name = "lm"
+    faults: ClassVar = [*f.NETWORK, *f.PROCESS, *f.STORED, *f.MACHINE]
+    in_ci: ClassVar = {"resets in the middle of a bulk"}
+
+    def start(self) -> None:
+        port = free_port()
+        process = ServerProcess(
+            "kvstrata remote",
+            [sys.executable, "-m", "kvstrata.cli", "remote", "127.0.0.1", str(port)],
+            log_path=self.directory / "log",
+            ready=lambda: _listens(port),
+            grace_seconds=0.5,
+        )
+        self.server = self.stack.enter_context(Child(process))
+        self.proxy(port)
+        behind = LmTier(LmOptions(url=f"lm://127.0.0.1:{port}"))
+        self.stack.callback(behind.close)
+        self.behind = behind
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        return {
+            "url": f"lm://{self.proxies[0].address}",
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+        }
+
+    def entries(self) -> list[str]:
+        return list(self.behind.scan())
+
+    def get(self, name: str) -> bytes | None:
+        buffer = memoryview(bytearray(1 << 20))
+        (size,) = self.behind.read([name], [buffer])
+        return bytes(buffer[:size]) if isinstance(size, int) else None
+
+    def put(self, name: str, value: bytes) -> None:
+        self.behind.write([name], [memoryview(value)])
+
+
+class LMCacheStore(Backend):
+    """A server that answers as LMCache's does, without what kvstrata adds to the protocol."""
+
+    name = "lm (LMCache's protocol)"
+    faults: ClassVar = [*f.NETWORK, *f.MACHINE]
+    in_ci: ClassVar = {"corrupts bytes"}
+
+    def start(self) -> None:
+        server = self.stack.enter_context(RemoteServerThread(extensions=False))
+        self.proxy(server.port)
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        return {
+            "url": f"lm://{self.proxies[0].address}",
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+        }
+
+
+class Child:
+    """A server process as faults hit it."""
+
+    def __init__(self, process: ServerProcess) -> None:
+        self._process = process
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.stop()
+
+    def start(self) -> None:
+        self._process.start()
+
+    def suspend(self) -> None:
+        self._process.kill(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.kill(signal.SIGCONT)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
