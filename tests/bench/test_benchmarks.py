@@ -67,9 +67,10 @@ def test_tier_on_redis_leaves_nothing_there(redis_server: RedisServer) -> None:
         opened.close()
 
 
-def test_tier_on_disk_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["disk", "file"])
+def test_tier_on_disk_leaves_the_directory_as_it_was(tmp_path: Path, scheme: str) -> None:
     (tmp_path / "mine").write_text("untouched")
-    report = tier.run(tier.TierBenchConfig(url=f"file://{tmp_path}", **SMALL_FRAMES))
+    report = tier.run(tier.TierBenchConfig(url=f"{scheme}://{tmp_path}", **SMALL_FRAMES))
     assert set(report.ratios) == {"read_over_raw", "write_over_raw"}
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -79,7 +80,7 @@ def test_tier_hides_a_password_and_wants_a_directory(tmp_path: Path) -> None:
         report = tier.run(tier.TierBenchConfig(url=server.url, **SMALL_FRAMES))
     assert "geheim" not in json.dumps(report.config)
     with pytest.raises(ConfigError, match="no directory"):
-        tier.run(tier.TierBenchConfig(url=f"file://{tmp_path}/absent"))
+        tier.run(tier.TierBenchConfig(url=f"disk://{tmp_path}/absent"))
 
 
 def test_faults_measures_a_far_l2_and_one_that_does_not_answer() -> None:
@@ -97,7 +98,7 @@ def test_faults_measures_a_far_l2_and_one_that_does_not_answer() -> None:
 
 def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     into = tmp_path / "tier.json"
-    arguments = ["bench", "tier", f"file://{tmp_path}", "--frame-bytes", "8192", "--runs", "2"]
+    arguments = ["bench", "tier", f"disk://{tmp_path}", "--frame-bytes", "8192", "--runs", "2"]
     assert main([*arguments, "--json", str(into)]) == 0
     table = capsys.readouterr().out
     assert "read_over_raw" in table

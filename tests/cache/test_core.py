@@ -32,7 +32,7 @@ from kvstrata.testing.redis_server import RedisServer
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.dict import DictTier
 from kvstrata.tiers.disk import DiskOptions, DiskTier
-from kvstrata.tiers.disk.paths import key_path
+from kvstrata.tiers.paths import key_path
 from kvstrata.tiers.redis import RedisTier
 from kvstrata.types import Hit, Miss, MissReason
 

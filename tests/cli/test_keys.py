@@ -50,9 +50,9 @@ def redis_server() -> Iterator[RedisServer]:
         yield server
 
 
-@pytest.fixture(params=["redis", "disk"])
+@pytest.fixture(params=["redis", "disk", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, redis_server: RedisServer) -> str:
-    return redis_server.url if request.param == "redis" else f"file://{tmp_path}"
+    return redis_server.url if request.param == "redis" else f"{request.param}://{tmp_path}"
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_all_configured_tiers_and_one_by_name(
     monkeypatch.setenv("KVSTRATA_REMOTE_URL", redis_server.url)
     # A budget that would evict everything: looking must not.
     monkeypatch.setenv("KVSTRATA_MAX_LOCAL_DISK_SIZE", "0.0000001")
-    with contextlib.closing(open_tier(tier_from_url(f"file://{tmp_path}/kv"))) as disk:
+    with contextlib.closing(open_tier(tier_from_url(f"disk://{tmp_path}/kv"))) as disk:
         disk.write(KEYS[:1], [memoryview(make_frame(1000))])
     with contextlib.closing(open_tier(tier_from_url(redis_server.url))) as remote:
         remote.delete(list(remote.scan()))

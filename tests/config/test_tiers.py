@@ -52,9 +52,16 @@ def test_schemes_of_one_kind(scheme: str) -> None:
     assert (config.kind, config.options["url"]) == ("redis", f"{scheme}://h:1")
 
 
-def test_a_file_url_is_a_disk_tier() -> None:
-    (config,) = configs(tiers=[{"url": "file:///x", "max_bytes": 5}])
-    assert (config.kind, config.options["path"]) == ("disk", "/x")
+@pytest.mark.parametrize("kind", ["disk", "file"])
+def test_the_url_of_a_directory(kind: str) -> None:
+    (config,) = configs(tiers=[{"url": f"{kind}:///x%20y", "max_bytes": 5}])
+    assert (config.kind, config.options["path"], config.options["max_bytes"]) == (kind, "/x y", 5)
+    (config,) = configs(remote_url=f"{kind}:///x?max_bytes=7")
+    assert (config.kind, config.options["path"], config.options["max_bytes"]) == (kind, "/x", 7)
+    with pytest.raises(ConfigError, match="missing required field `max_bytes`"):
+        configs(remote_url=f"{kind}:///x")
+    with pytest.raises(ConfigError, match=rf"tiers\[0\] .* expected a path or a {kind}:// URL"):
+        configs(tiers=[{"url": f"{kind}://"}])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_open_tier(tmp_path: Path) -> None:
 
 
 def test_a_tier_by_url_has_no_budget_that_evicts(tmp_path: Path) -> None:
-    config = tier_from_url(f"file://{tmp_path}")
+    config = tier_from_url(f"disk://{tmp_path}?max_bytes=5")
     assert config.options["max_bytes"] == 2**62
     (configured,) = configs(local_disk=str(tmp_path))
     assert unbounded(configured).options == configured.options | {"max_bytes": 2**62}

@@ -22,8 +22,8 @@ from kvstrata.errors import ConfigError, TierFull, TierUnavailable
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, namespace, read_frames
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.disk import DiskOptions, DiskTier
-from kvstrata.tiers.disk.paths import key_path, path_key
 from kvstrata.tiers.disk.staging import STAGING, STAGING_AGE_SECONDS
+from kvstrata.tiers.paths import key_path, path_key
 from kvstrata.types import Miss, MissReason
 
 END_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9)\n"

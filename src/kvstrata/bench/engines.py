@@ -130,7 +130,7 @@ def started(
             "log_level": "WARNING",
             "tiers": [
                 {"url": redis_url, "key_prefix": KEY_PREFIX},
-                {"url": f"file://{directory}/disk", "max_bytes": 8 << 30},
+                {"url": f"disk://{directory}/disk", "max_bytes": 8 << 30},
             ],
         }
         connector = {

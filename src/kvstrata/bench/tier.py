@@ -19,7 +19,7 @@ import msgspec
 from kvstrata.bench.report import Environment, Report, Target, environment, median
 from kvstrata.cache.io import BATCH_BYTES
 from kvstrata.codecs.naive import NaiveCodec
-from kvstrata.config import mask, tier_from_url
+from kvstrata.config import DIRECTORY_SCHEMES, mask, tier_from_url
 from kvstrata.errors import ConfigError, TierError
 from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.testing.raw import raw_loop
@@ -28,7 +28,7 @@ from kvstrata.tiers.open import open_tier
 from kvstrata.types import HASH_BYTES, KVLayout, Miss, Namespace
 
 _TARGETS = {"read_over_raw": Target(at_least=0.8), "write_over_raw": Target(at_least=0.8)}
-_RAW_SCHEMES = frozenset({"redis", "valkey", "unix", "file"})
+_RAW_SCHEMES = frozenset({"redis", "valkey", "unix", "disk", "file"})
 _BLOCK_BYTES = 30 * 98_304
 
 
@@ -55,7 +55,7 @@ class Samples(msgspec.Struct, frozen=True):
 
 
 def run(config: TierBenchConfig, progress: Callable[[str], None] = lambda _: None) -> Report:
-    """Measure. What was written is deleted; a ``file://`` directory gets a directory of its own meanwhile.
+    """Measure. What was written is deleted; a directory gets a directory of its own meanwhile.
 
     Raises:
         ConfigError: there is no tier for such a URL.
@@ -107,14 +107,14 @@ def _report(config: TierBenchConfig, machine: Environment, samples: Samples) -> 
 def _own_place(url: str) -> Iterator[str]:
     """``url``, or for a directory a new one in it: what is there is none of our business."""
     parts = urlsplit(url)
-    if parts.scheme != "file":
+    if parts.scheme not in DIRECTORY_SCHEMES:
         yield url
         return
     parent = Path(unquote(parts.path))
     if not parent.is_dir():
         raise ConfigError(f"there is no directory {parent}")
     with tempfile.TemporaryDirectory(prefix="kvstrata-bench-", dir=parent) as directory:
-        yield f"file://{quote(directory)}"
+        yield f"{parts.scheme}://{quote(directory)}"
 
 
 def _measure(config: TierBenchConfig, tier: Tier, url: str, progress: Callable[[str], None]) -> Samples:
@@ -139,7 +139,7 @@ def _measure(config: TierBenchConfig, tier: Tier, url: str, progress: Callable[[
 def _raw_round(config: TierBenchConfig, url: str, into: Samples) -> None:
     scheme, _, rest = url.partition("://")
     address = f"redis://{rest}" if scheme == "valkey" else url
-    if scheme == "file":
+    if scheme in DIRECTORY_SCHEMES:
         directory = Path(unquote(urlsplit(url).path)) / "raw"
         directory.mkdir(exist_ok=True)
         address = f"file://{quote(str(directory))}"

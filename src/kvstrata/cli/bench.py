@@ -77,7 +77,7 @@ def copy(runs: Runs = None, as_json: Json = None, strict: Strict = False) -> int
 
 @app.command("tier", epilog="Example: kvstrata bench tier redis://127.0.0.1:6379")
 def tier(
-    url: Annotated[str, typer.Argument(metavar="URL", help="redis://HOST:PORT, file:///DIR ...")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="redis://HOST:PORT, disk:///DIR ...")],
     *,
     frame_bytes: Annotated[int | None, typer.Option(min=4096, help="Bytes of one frame.")] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of one round.")] = None,

@@ -35,7 +35,7 @@ TierOption = Annotated[
     typer.Option(
         "--tier",
         metavar="URL|NAME",
-        help="A tier's URL (redis://HOST:PORT, file:///DIR) or its name in the configuration. "
+        help="A tier's URL (redis://HOST:PORT, disk:///DIR) or its name in the configuration. "
         "Default: all that are configured.",
     ),
 ]
@@ -43,7 +43,7 @@ Prefix = Annotated[str, typer.Option("--prefix", help="Only keys that begin so."
 
 
 @app.command(
-    "list", epilog="Example: kvstrata keys list --tier file:///var/cache/kv --prefix vllm@ --limit 10"
+    "list", epilog="Example: kvstrata keys list --tier disk:///var/cache/kv --prefix vllm@ --limit 10"
 )
 def list_keys(
     tier: TierOption = None,

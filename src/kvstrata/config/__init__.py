@@ -12,10 +12,12 @@ from kvstrata.config.load import DEFAULT, Resolved, load_settings
 from kvstrata.config.secrets import mask, mask_url
 from kvstrata.config.settings import ALIASES, GIB, SETTINGS, Setting, Settings
 from kvstrata.config.tiers import TierConfig, tier_configs, tier_from_url, unbounded
+from kvstrata.config.values import DIRECTORY_SCHEMES
 
 __all__ = [
     "ALIASES",
     "DEFAULT",
+    "DIRECTORY_SCHEMES",
     "GIB",
     "SETTINGS",
     "Resolved",

@@ -105,7 +105,7 @@ def _options() -> list[str]:
     for kind in plugins.names("tiers"):
         options: type[msgspec.Struct] = plugins.load("tiers", kind).Options
         schemes = [scheme for scheme, target in SCHEME_KINDS.items() if target == kind]
-        urls = ", ".join(f"`{scheme}://`" for scheme in ([] if "file" in schemes else [kind]) + schemes)
+        urls = ", ".join(f"`{scheme}://`" for scheme in [kind, *schemes])
         docs = _field_docs(options)
         rows = [
             (f"`{field.name}`", _type_name(field.type), _default(field), docs.get(field.name, ""))

@@ -11,7 +11,7 @@ from kvstrata.config.codecs import parse_codec
 from kvstrata.config.nearest import nearest
 from kvstrata.config.secrets import mask
 from kvstrata.config.settings import Settings
-from kvstrata.config.values import SCHEME_KINDS, parse_directory, url_kind
+from kvstrata.config.values import DIRECTORY_SCHEMES, directory_options, url_kind
 from kvstrata.errors import ConfigError
 
 NO_BUDGET_BYTES = 2**62
@@ -58,7 +58,7 @@ def tier_configs(settings: Settings) -> list[TierConfig]:
         options = {"path": settings.local_disk, "max_bytes": settings.max_local_disk_bytes}
         configs.append(_checked(settings, "local_disk", "disk", _Entry(), options))
     if settings.remote_url is not None:
-        options = {"url": settings.remote_url}
+        options = _url_options("remote_url", settings.remote_url)
         if settings.ttl_seconds is not None:
             options["ttl_seconds"] = settings.ttl_seconds
         entry = _Entry(codec=settings.remote_serde)
@@ -100,11 +100,18 @@ def _from_item(settings: Settings, where: str, item: dict[str, Any]) -> TierConf
         raise ConfigError(f"{where} = {mask(item)!r} is not allowed: it needs 'kind' or 'url'")
     options = {key: value for key, value in item.items() if key not in _OWN}
     if entry.url is not None:
-        if SCHEME_KINDS.get(entry.url.partition("://")[0].lower()) == "disk":
-            options.setdefault("path", parse_directory(entry.url))
-        else:
-            options["url"] = entry.url
+        options = _url_options(where, entry.url) | options
     return _checked(settings, where, kind, entry, options)
+
+
+def _url_options(where: str, url: str) -> dict[str, Any]:
+    """The options that a URL stands for: the URL itself, or the parts of one of a directory."""
+    if url.partition("://")[0].lower() not in DIRECTORY_SCHEMES:
+        return {"url": url}
+    try:
+        return directory_options(url)
+    except ValueError as error:
+        raise ConfigError(f"{where} = {mask(url)!r} is not allowed: {error}") from None
 
 
 _OWN = frozenset(_Entry.__struct_fields__)

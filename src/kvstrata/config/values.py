@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
@@ -108,7 +108,7 @@ def _server_url(value: str) -> str:
     return value.rstrip("/") if tcp else value
 
 
-def parse_directory(value: str) -> str:
+def parse_directory(value: str, scheme: str = "file") -> str:
     """An absolute path, from a path or a ``file://`` URL (``file://x/y`` is ``x/y``, as in LMCache).
 
     Raises:
@@ -118,12 +118,12 @@ def parse_directory(value: str) -> str:
         raise _NotAllowedError("expected one directory; for several use the key 'tiers'")
     path = value
     if "://" in value:
-        scheme, _, rest = value.partition("://")
-        if scheme != "file":
-            raise _NotAllowedError("expected a path or a file:// URL")
+        found, _, rest = value.partition("://")
+        if found.lower() != scheme:
+            raise _NotAllowedError(f"expected a path or a {scheme}:// URL")
         path = unquote(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
     if not path:
-        raise _NotAllowedError("expected a path or a file:// URL")
+        raise _NotAllowedError(f"expected a path or a {scheme}:// URL")
     return str(Path(path).expanduser().absolute())
 
 
@@ -135,8 +135,25 @@ _REDIS_SCHEMES = (
     ),
     *("rediss", "valkey", "valkeys", "unix"),
 )
-SCHEME_KINDS = {"file": "disk", "lms": "lm"} | dict.fromkeys(_REDIS_SCHEMES, "redis")
+SCHEME_KINDS = {"lms": "lm"} | dict.fromkeys(_REDIS_SCHEMES, "redis")
 """URL schemes whose tier goes by another name. Every other scheme is the name of its tier."""
+
+
+def directory_options(url: str) -> dict[str, Any]:
+    """The options that the URL of a tier of files stands for: ``file:///DIR?max_bytes=N``, ``disk:///DIR``.
+
+    Raises:
+        ValueError: there is no directory in it.
+    """
+    scheme = url.partition("://")[0].lower()
+    address, _, query = url.partition("?")
+    given = dict(parse_qsl(query, strict_parsing=bool(query)))
+    numbers = {name: int(value) if value.isdecimal() else value for name, value in given.items()}
+    return {"path": parse_directory(address, scheme)} | numbers
+
+
+DIRECTORY_SCHEMES = ("disk", "file")
+"""Schemes whose URL is a directory."""
 
 
 def url_kind(url: str) -> str:
@@ -150,7 +167,7 @@ def url_kind(url: str) -> str:
     scheme = url.partition("://")[0].lower() if "://" in url else ""
     kind = SCHEME_KINDS.get(scheme, scheme)
     if kind not in kinds:
-        listed = ", ".join(f"{name}://" for name in sorted(schemes) if name != "disk")
+        listed = ", ".join(f"{name}://" for name in sorted(schemes))
         raise _NotAllowedError(f"this version has tiers for {listed}")
     return kind
 

@@ -10,7 +10,7 @@ from typing import Self
 import msgspec
 import xxhash
 
-from kvstrata.tiers.disk.paths import key_path
+from kvstrata.tiers.paths import key_path
 from kvstrata.tiers.lm.wire import Form
 from kvstrata.types import Buffer
 

@@ -8,8 +8,9 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from kvstrata.tiers.files import entries_of
 
 log = logging.getLogger(__name__)
 
@@ -81,15 +82,6 @@ def _locked(path: str, flags: int = 0) -> int:
         pass
     os.close(fd)
     return -1
-
-
-def entries_of(path: str) -> Iterator[os.DirEntry[str]]:
-    """The entries of a directory; none when it is gone or not ours to see."""
-    try:
-        with os.scandir(path) as entries:
-            yield from entries
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return
 
 
 def _remove_directory(path: str) -> None:

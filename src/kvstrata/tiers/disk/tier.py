@@ -14,18 +14,16 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from kvstrata.errors import ConfigError, TierFull, TierUnavailable
+from kvstrata.errors import ConfigError, TierFull
 from kvstrata.tiers.base import Tier, TierOptions
 from kvstrata.tiers.disk.index import Index
-from kvstrata.tiers.disk.paths import SUFFIX, key_path, may_hold, path_key
-from kvstrata.tiers.disk.staging import STAGING, Staging, entries_of
+from kvstrata.tiers.disk.staging import STAGING, Staging
+from kvstrata.tiers.files import FULL, entries_of, read_into, rename_into, translated
+from kvstrata.tiers.paths import SUFFIX, key_path, may_hold, path_key
 from kvstrata.types import Miss, MissReason, TierStats
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DiskOptions(TierOptions, frozen=True, kw_only=True):
@@ -93,7 +91,7 @@ class DiskTier(Tier):
 
     def read(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[int | Miss]:
         """See :class:`Tier`. The kernel copies from the page cache or the device into ``buffers``."""
-        with _translated("read", self._root):
+        with translated("read", self._root):
             return [self._read(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
 
     def _read(self, key: str, buffer: memoryview) -> int | Miss:
@@ -121,7 +119,7 @@ class DiskTier(Tier):
             TierFull: the device or a quota is full and evicting did not help, or a frame exceeds the budget.
             ValueError: not a key.
         """
-        with _translated("write", self._root):
+        with translated("write", self._root):
             for key, frame in zip(keys, frames, strict=True):
                 self._write(key, frame)
 
@@ -146,7 +144,7 @@ class DiskTier(Tier):
             try:
                 return write()
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in FULL:
                     raise
                 victims = self._index.evict(size)
                 if not victims:
@@ -163,7 +161,7 @@ class DiskTier(Tier):
                     os.fsync(fd)
             finally:
                 os.close(fd)
-            _rename(path, target)
+            rename_into(path, target)
         except BaseException:
             Path(path).unlink(missing_ok=True)
             raise
@@ -172,7 +170,7 @@ class DiskTier(Tier):
 
     def _load(self, fd: int, buffer: memoryview, expected: int | None) -> int:
         """Read a file to the start of ``buffer``; more than its length when the file is larger."""
-        return _read_into(fd, buffer, expected)
+        return read_into(fd, buffer, expected)
 
     def _save(self, fd: int, frame: memoryview) -> None:
         """Write a frame to a new file, whose blocks are allocated."""
@@ -182,7 +180,7 @@ class DiskTier(Tier):
 
     def delete(self, keys: Sequence[str]) -> int:
         """See :class:`Tier`."""
-        with _translated("delete", self._root):
+        with translated("delete", self._root):
             return self._unlink(keys)
 
     def _unlink(self, keys: Sequence[str]) -> int:
@@ -201,7 +199,7 @@ class DiskTier(Tier):
 
     def scan(self, prefix: str = "") -> Iterator[str]:
         """See :class:`Tier`."""
-        with _translated("scan", self._root):
+        with translated("scan", self._root):
             for key, _ in self._files(prefix):
                 yield key
 
@@ -240,34 +238,6 @@ class DiskTier(Tier):
         self._staging.close()
 
 
-@contextmanager
-def _translated(action: str, root: str) -> Iterator[None]:
-    """Turn what the operating system raises into the errors of the tier contract."""
-    try:
-        yield
-    except OSError as error:
-        text = f"{action} in {root} failed: {error.strerror or error}"
-        full = error.errno in (*_FULL, errno.EFBIG)
-        raise (TierFull(text) if full else TierUnavailable(text)) from error
-
-
-def _read_into(fd: int, buffer: memoryview, expected: int | None) -> int:
-    """Read a file to the start of ``buffer``; more than its length when the file is larger.
-
-    One system call when the size is the expected one: each gives the interpreter lock away.
-    """
-    beyond = bytearray(1)
-    count = os.preadv(fd, [buffer, beyond], 0)
-    if count in (0, expected):
-        return count
-    while count <= len(buffer):
-        more = os.preadv(fd, [buffer[count:], beyond], count)
-        if not more:
-            break
-        count += more
-    return count
-
-
 def _allocate(fd: int, size: int) -> None:
     """Allocate the blocks of a file before it is written, where the file system can.
 
@@ -289,14 +259,6 @@ def _touch(fd: int) -> None:
         os.utime(fd)
     except PermissionError:
         return
-
-
-def _rename(path: str, target: str) -> None:
-    try:
-        os.rename(path, target)  # noqa: PTH104 - both are strings; a Path for each costs more than the call
-    except FileNotFoundError:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(path, target)  # noqa: PTH104
 
 
 def _sync_directory(path: str) -> None:

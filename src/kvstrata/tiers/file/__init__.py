@@ -1,0 +1,5 @@
+"""The shared-directory tier."""
+
+from kvstrata.tiers.file.tier import FileOptions, FileTier
+
+__all__ = ["FileOptions", "FileTier"]

@@ -1,0 +1,59 @@
+"""What the tiers of files share: system calls, and the errors that they end in."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvstrata.errors import TierFull, TierUnavailable
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a full device or quota says."""
+
+
+@contextmanager
+def translated(action: str, root: str) -> Iterator[None]:
+    """Turn what the operating system raises into the errors of the tier contract."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{action} in {root} failed: {error.strerror or error}"
+        full = error.errno in (*FULL, errno.EFBIG)
+        raise (TierFull(text) if full else TierUnavailable(text)) from error
+
+
+def entries_of(path: str) -> Iterator[os.DirEntry[str]]:
+    """The entries of a directory; none when it is gone or not ours to see."""
+    try:
+        with os.scandir(path) as entries:
+            yield from entries
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+
+
+def read_into(fd: int, buffer: memoryview, expected: int | None) -> int:
+    """Read a file to the start of ``buffer``; more than its length when the file is larger.
+
+    One system call when the size is the expected one: each gives the interpreter lock away.
+    """
+    beyond = bytearray(1)
+    count = os.preadv(fd, [buffer, beyond], 0)
+    if count in (0, expected):
+        return count
+    while count <= len(buffer):
+        more = os.preadv(fd, [buffer[count:], beyond], count)
+        if not more:
+            break
+        count += more
+    return count
+
+
+def rename_into(path: str, target: str) -> None:
+    try:
+        os.rename(path, target)  # noqa: PTH104 - both are strings; a Path for each costs more than the call
+    except FileNotFoundError:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, target)  # noqa: PTH104
