@@ -10,8 +10,8 @@ from typing import Self
 import msgspec
 import xxhash
 
-from kvstrata.tiers.paths import key_path
 from kvstrata.tiers.lm.wire import Form
+from kvstrata.tiers.paths import key_path
 from kvstrata.types import Buffer
 
 ENVELOPE_BYTES = 128
