@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backend_base import Backend
-from directories import Disk
+from directories import Disk, SharedDirectory
 from redis_family import ClusterRedis, PlainRedis, RedisRing, SentinelRedis, TLSRedis, UnixRedis
 from stores import S3, LMCacheStore, Mooncake, RemoteStore
 
@@ -17,6 +17,7 @@ BACKENDS: dict[str, type[Backend]] = {
         SentinelRedis,
         ClusterRedis,
         Disk,
+        SharedDirectory,
         S3,
         RemoteStore,
         LMCacheStore,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,37 @@ class Directory(Backend):
         Path(name).write_bytes(value)
 
 
-DIRECTORY = [*f.STORED, *f.MACHINE, f.Fault("all files removed", _removed)]
+@contextmanager
+def _gone(backend: Directory) -> Iterator[None]:
+    away = backend.root.with_name("away")
+    backend.root.rename(away)
+    yield
+    for number in itertools.count():
+        try:
+            away.rename(backend.root)
+        except OSError:  # made anew meanwhile
+            backend.root.rename(backend.root.with_name(f"other{number}"))
+        else:
+            break
+
+
+@contextmanager
+def _file_in_its_place(backend: Directory) -> Iterator[None]:
+    away = backend.root.with_name("away")
+    backend.root.rename(away)
+    backend.root.write_text("not a directory")
+    yield
+    backend.root.unlink()
+    away.rename(backend.root)
+
+
+DIRECTORY = [
+    *f.STORED,
+    *f.MACHINE,
+    f.Fault("all files removed", _removed),
+    f.Fault("directory gone", _gone),
+    f.Fault("a file in its place", _file_in_its_place),
+]
 
 
 class Disk(Directory):
@@ -53,3 +84,17 @@ class Disk(Directory):
     @property
     def tier(self) -> dict[str, Any]:
         return {"kind": "disk", "path": str(self.root), "max_bytes": 1 << 30}
+
+
+class SharedDirectory(Directory):
+    name = "file (shared directory)"
+    faults: ClassVar = DIRECTORY
+    in_ci: ClassVar = {"clock steps"}
+
+    def start(self) -> None:
+        self.root = self.directory / "shared"
+        self.root.mkdir()
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        return {"kind": "file", "path": str(self.root), "max_bytes": 1 << 30}
