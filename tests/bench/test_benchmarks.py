@@ -12,6 +12,7 @@ from kvstrata.bench import faults, lookup, tier
 from kvstrata.cli import main
 from kvstrata.config import tier_from_url
 from kvstrata.errors import ConfigError
+from kvstrata.testing.redis_cluster import RedisCluster
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.tiers.open import open_tier
 
@@ -65,6 +66,13 @@ def test_tier_on_redis_leaves_nothing_there(redis_server: RedisServer) -> None:
         assert list(opened.scan()) == []
     finally:
         opened.close()
+
+
+def test_tier_on_a_cluster_is_compared_with_the_nodes_that_have_the_names() -> None:
+    with RedisCluster(password="pw") as cluster:
+        report = tier.run(tier.TierBenchConfig(url=cluster.url, **SMALL_FRAMES))
+        assert list(report.ratios) == ["read_over_raw", "write_over_raw"]
+        assert [node.ask("DBSIZE") for node in cluster.nodes] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("scheme", ["disk", "file"])

@@ -29,6 +29,35 @@ def test_a_name_server_that_does_not_answer_costs_no_more_than_the_deadline(
     assert sockets.resolve("cache.example", 7, time.monotonic() + 5)[0][1] == ("127.0.0.1", 7)
 
 
+def test_one_thread_asks_for_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def slow(host: str, *args: object, **options: object) -> object:
+        if options.get("flags"):
+            return real(host, *args, **options)
+        asked.append(host)
+        answer.wait(10)
+        return real("127.0.0.1", *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            sockets.resolve("cache.example", 1, time.monotonic() + 0.05)
+    threading.Timer(0.05, answer.set).start()
+    assert sockets.resolve("cache.example", 1, time.monotonic() + 5)[0][1] == ("127.0.0.1", 1)
+    assert asked == ["cache.example"]
+    assert sockets.resolve("cache.example", 1, time.monotonic() + 5)
+    assert len(asked) == 2, "nothing is kept"
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example"])
+def test_what_is_no_host_name_is_an_error_of_the_system(host: str) -> None:
+    with pytest.raises(OSError, match=r"host name|known|long"):
+        sockets.resolve(host, 1, time.monotonic() + 5)
+
+
 def test_an_unknown_host_is_an_error_of_the_system() -> None:
     with pytest.raises(OSError, match=r"known|failure"):
         sockets.resolve("no-such-host.invalid", 1, time.monotonic() + 5)

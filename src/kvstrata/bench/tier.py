@@ -25,10 +25,11 @@ from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.testing.raw import raw_loop
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.open import open_tier
+from kvstrata.tiers.redis.url import SCHEMES
 from kvstrata.types import HASH_BYTES, KVLayout, Miss, Namespace
 
 _TARGETS = {"read_over_raw": Target(at_least=0.8), "write_over_raw": Target(at_least=0.8)}
-_RAW_SCHEMES = frozenset({"redis", "valkey", "unix", "disk", "file"})
+_RAW_SCHEMES = frozenset({*SCHEMES, "unix", *DIRECTORY_SCHEMES})
 _BLOCK_BYTES = 30 * 98_304
 
 
@@ -91,8 +92,8 @@ def _report(config: TierBenchConfig, machine: Environment, samples: Samples) -> 
         config=msgspec.to_builtins(config) | {"url": mask(config.url)},
         method=(
             f"{config.runs} rounds of {config.num_frames} frames, in each of which the raw loop and the tier take "
-            "turns, on one thread and one connection each, after one round of warm-up. Ratios are the medians "
-            "of each round's own ratio."
+            "turns, on one thread with one connection to each server, after one round of warm-up. Ratios are the "
+            "medians of each round's own ratio."
         ),
         columns=("what", "MB/s", "raw loop MB/s", "ms"),
         rows=tuple(rows),
@@ -137,9 +138,8 @@ def _measure(config: TierBenchConfig, tier: Tier, url: str, progress: Callable[[
 
 
 def _raw_round(config: TierBenchConfig, url: str, into: Samples) -> None:
-    scheme, _, rest = url.partition("://")
-    address = f"redis://{rest}" if scheme == "valkey" else url
-    if scheme in DIRECTORY_SCHEMES:
+    address = url
+    if urlsplit(url).scheme in DIRECTORY_SCHEMES:
         directory = Path(unquote(urlsplit(url).path)) / "raw"
         directory.mkdir(exist_ok=True)
         address = f"file://{quote(str(directory))}"

@@ -9,6 +9,7 @@ import typer
 
 from kvstrata.cli.output import AsJson, ConfigFile, print_json, print_notices, print_table
 from kvstrata.config import SETTINGS, Resolved, load_settings, mask, tier_configs
+from kvstrata.config.memory import check_redis_config
 from kvstrata.config.reference import reference_text
 from kvstrata.errors import ConfigError, PluginError
 
@@ -46,22 +47,31 @@ def show(config_file: ConfigFile = None, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: kvstrata config check lmcache_config.yaml")
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to check, by itself.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="YAML file to check, by itself; or a redis.conf.")
+    ],
     as_json: AsJson = False,
 ) -> int:
-    """Check a configuration file; the exit status is 0 when it is right, 2 when not."""
+    """Check a configuration file; the exit status is 0 when it is right, 2 when not.
+
+    Of a redis.conf (a name that ends so: .conf) the memory values are checked: Redis' units are not Kubernetes'.
+    """
+    notices: list[str] = []
     try:
-        resolved = load_settings({}, file=file)
+        if file.suffix == ".conf":
+            check_redis_config(file.read_text().splitlines())
+        else:
+            notices = list(load_settings({}, file=file).notices)
     except (ConfigError, PluginError) as error:
         if not as_json:
             raise
         print_json({"file": str(file), "ok": False, "error": str(error), "notices": []})
         return _INVALID
     if as_json:
-        print_json({"file": str(file), "ok": True, "error": None, "notices": resolved.notices})
+        print_json({"file": str(file), "ok": True, "error": None, "notices": notices})
     else:
         print(f"{file}: ok")
-        print_notices(resolved.notices)
+        print_notices(notices)
     return 0
 
 

@@ -16,6 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from kvstrata.tiers.redis.deployment import open_topology
+from kvstrata.tiers.redis.endpoint import Endpoint
+from kvstrata.tiers.redis.server import Limits
+from kvstrata.tiers.redis.url import SCHEMES, parse_url
+
+_PATIENCE_SECONDS = 30.0
+
 
 class RawRates(msgspec.Struct, frozen=True):
     """Bytes per second of each round, in order."""
@@ -38,7 +45,7 @@ class RawTransport(Protocol):
 def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int = 5) -> RawRates:
     """Write and read ``num_frames`` frames of ``frame_bytes`` per round, after one round of warm-up.
 
-    ``url``: ``redis://`` or ``unix://``, with a password or without, or ``file://`` for a directory.
+    ``url``: any of the Redis family (a frame goes to the server that has its name), or ``file://`` for a directory.
     What was written is removed.
 
     Raises:
@@ -62,7 +69,7 @@ def open_raw(url: str) -> RawTransport:
     parts = urlsplit(url)
     if parts.scheme == "file":
         return RawFiles(Path(unquote(parts.path)))
-    if parts.scheme in ("redis", "unix"):
+    if parts.scheme == "unix" or parts.scheme in SCHEMES:
         return RawRedis(url)
     raise ValueError(f"no raw loop for {parts.scheme}://")
 
@@ -75,51 +82,68 @@ def _rate(move: Callable[[int, memoryview], None], frames: list[memoryview]) -> 
 
 
 class RawRedis:
-    """SET and GET over one socket; replies are trusted to have the form that they should have."""
+    """SET and GET, each over one socket to the server that has the name; replies are trusted to have the form that
+    they should have."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme == "unix":
-            self._sock = socket.socket(socket.AF_UNIX)
-            self._sock.connect(unquote(parts.path))
-        else:
-            self._sock = socket.create_connection((parts.hostname or "localhost", parts.port or 6379))
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock.settimeout(30)
-        if parts.password:
-            login = [part for part in (parts.username, parts.password) if part]
-            self._ask("AUTH", *map(unquote, login))
+        deployment = parse_url(url)
+        self._context = deployment.data.tls_context()
+        limits = Limits(
+            num_connections=1, connect_timeout_seconds=_PATIENCE_SECONDS, timeout_seconds=_PATIENCE_SECONDS
+        )
+        self._topology = open_topology(deployment, limits)
+        self._sockets: dict[str, socket.socket] = {}
+        self._by_number: dict[int, socket.socket] = {}
 
-    def _ask(self, *arguments: str) -> None:
-        self._sock.sendall("".join([f"*{len(arguments)}\r\n", *map(_bulk, arguments)]).encode())
-        reply = self._sock.recv(64)
-        if not reply.startswith((b"+", b":")):
-            raise OSError("the server refused a command of the raw loop")
+    def _socket(self, number: int) -> socket.socket:
+        """The socket to the server of a frame."""
+        sock = self._by_number.get(number)
+        if sock is None:
+            server = self._topology.route([f"raw{number}".encode()], is_write=True)[0].server
+            if server is None:
+                raise OSError("nobody serves a name of the raw loop")
+            sock = self._sockets.get(server.name) or self._connect(server.endpoint)
+            self._sockets[server.name] = self._by_number[number] = sock
+        return sock
+
+    def _connect(self, endpoint: Endpoint) -> socket.socket:
+        sock = endpoint.connect(self._context, _PATIENCE_SECONDS)
+        sock.settimeout(_PATIENCE_SECONDS)
+        if endpoint.password:
+            _ask(sock, "AUTH", *filter(None, (endpoint.username, endpoint.password)))
+        if endpoint.db:
+            _ask(sock, "SELECT", str(endpoint.db))
+        return sock
 
     def write(self, number: int, frame: memoryview) -> None:
+        sock = self._socket(number)
         key = _bulk(f"raw{number}")
-        self._sock.sendall(f"*3\r\n$3\r\nSET\r\n{key}${len(frame)}\r\n".encode())
-        self._sock.sendall(frame)
-        self._sock.sendall(b"\r\n")
-        if self._sock.recv(64) != b"+OK\r\n":
+        sock.sendall(f"*3\r\n$3\r\nSET\r\n{key}${len(frame)}\r\n".encode())
+        sock.sendall(frame)
+        sock.sendall(b"\r\n")
+        if sock.recv(64) != b"+OK\r\n":
             raise OSError("the server refused a value of the raw loop")
 
     def read(self, number: int, frame: memoryview) -> None:
-        self._sock.sendall(f"*2\r\n$3\r\nGET\r\n{_bulk(f'raw{number}')}".encode())
-        head = self._sock.recv(len(f"${len(frame)}\r\n"))
+        sock = self._socket(number)
+        sock.sendall(f"*2\r\n$3\r\nGET\r\n{_bulk(f'raw{number}')}".encode())
+        head = sock.recv(len(f"${len(frame)}\r\n"))
         if head != b"$%d\r\n" % len(frame):
             raise OSError("the server lost a value of the raw loop")
         done = 0
         while done < len(frame):
-            count = self._sock.recv_into(frame[done:])
+            count = sock.recv_into(frame[done:])
             if count == 0:
                 raise ConnectionResetError("the server closed the connection")
             done += count
-        self._sock.recv(2)
+        sock.recv(2)
 
     def close(self, num_frames: int) -> None:
-        self._ask("DEL", *(f"raw{number}" for number in range(num_frames)))
-        self._sock.close()
+        for number in range(num_frames):
+            _ask(self._socket(number), "DEL", f"raw{number}")
+        for sock in self._sockets.values():
+            sock.close()
+        self._topology.close()
 
 
 class RawFiles:
@@ -150,3 +174,10 @@ class RawFiles:
 
 def _bulk(text: str) -> str:
     return f"${len(text)}\r\n{text}\r\n"
+
+
+def _ask(sock: socket.socket, *arguments: str) -> None:
+    words = [b"$%d\r\n%b\r\n" % (len(word.encode()), word.encode()) for word in arguments]
+    sock.sendall(b"*%d\r\n" % len(words) + b"".join(words))
+    if not sock.recv(64).startswith((b"+", b":")):
+        raise OSError("the server refused a command of the raw loop")

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
+from kvstrata.config.memory import check_redis_config
 from kvstrata.tiers.redis.resp import Connection, ErrorReply, Reply, command
 
 START_SECONDS = 20.0
@@ -72,7 +73,8 @@ def text(reply: Reply) -> str:
 class RedisServer:
     """A server with its own port, unix socket and directory. A context manager; not thread-safe.
 
-    ``config`` are lines of a configuration file, and come last; ``arguments`` go to the program.
+    ``config`` are lines of a configuration file, and come last; ``arguments`` go to the program. A memory value
+    that Redis would refuse is a ConfigError at once.
     After ``kill``, ``start`` starts it anew, empty.
     """
 
@@ -84,6 +86,7 @@ class RedisServer:
         password: str = "",
         arguments: Sequence[str] = (),
     ) -> None:
+        check_redis_config(list(config))
         self.port = free_port()
         self._directory = Path(tempfile.mkdtemp(prefix="kvs-redis-"))
         self.socket_path = str(self._directory / "s")

@@ -169,34 +169,59 @@ def _first(addresses: Sequence[Address], deadline: float) -> socket.socket:
     raise failure
 
 
+class _Lookup:
+    """One question to the resolver, for all that wait for its answer."""
+
+    def __init__(self) -> None:
+        self.answered = threading.Event()
+        self.addresses: list[Address] = []
+        self.error: OSError | None = None
+
+
+_lookups: dict[tuple[str, int], _Lookup] = {}
+_lookups_lock = threading.Lock()
+
+
 def resolve(host: str, port: int, deadline: float) -> list[Address]:
-    """The addresses of a host; ``getaddrinfo`` with a deadline, which it does not have.
+    """The addresses of a host, asked for anew each time; ``getaddrinfo`` with a deadline, which it does not have.
 
     Raises:
         OSError: unknown, or no answer in time.
     """
-    with contextlib.suppress(socket.gaierror):
-        numeric = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        return [(family, address) for family, _, _, _, address in numeric]
-    found: list[Address] = []
-    failures: list[OSError] = []
-
-    def ask() -> None:
-        try:
-            answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            found.extend((family, address) for family, _, _, _, address in answers)
-        except OSError as error:
-            failures.append(error)
-
-    # A name server that does not answer keeps a thread for the resolver's own timeout, not the caller.
-    thread = threading.Thread(target=ask, name="kvstrata-resolve", daemon=True)
-    thread.start()
-    thread.join(max(deadline - time.monotonic(), 0.001))
-    if failures:
-        raise failures[0]
-    if not found:
+    with contextlib.suppress(socket.gaierror, UnicodeError):
+        return _addresses(host, port, socket.AI_NUMERICHOST)
+    with _lookups_lock:
+        lookup = _lookups.get((host, port))
+        if lookup is None:
+            lookup = _lookups[host, port] = _Lookup()
+            # A name server that does not answer keeps one thread for each name for the resolver's own timeout,
+            # not the caller.
+            thread = threading.Thread(
+                target=_answer, args=(lookup, host, port), name="kvstrata-resolve", daemon=True
+            )
+            thread.start()
+    if not lookup.answered.wait(max(deadline - time.monotonic(), 0.001)):
         raise TimeoutError(f"the address of {host} was not found in time")
-    return found
+    if lookup.error is not None:
+        raise OSError(lookup.error.errno, lookup.error.strerror or str(lookup.error))
+    return lookup.addresses
+
+
+def _answer(lookup: _Lookup, host: str, port: int) -> None:
+    try:
+        lookup.addresses = _addresses(host, port)
+    except OSError as error:
+        lookup.error = error
+    except UnicodeError:
+        lookup.error = OSError(socket.EAI_NONAME, f"{host!r} is no host name")
+    with _lookups_lock:
+        del _lookups[host, port]
+    lookup.answered.set()
+
+
+def _addresses(host: str, port: int, flags: int = 0) -> list[Address]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    return [(family, address) for family, _, _, _, address in found]
 
 
 def _timeval(seconds: float) -> bytes:
