@@ -25,7 +25,8 @@ test-unit: setup-tools ## The tests that need no vLLM
 
 test-extras: setup ## The tests of client libraries that are too large for the others (NIXL, InfiniStore)
 	$(BIN)/python -m pip install --no-deps nixl-cu12==1.5.1 infinistore==0.2.35
-	$(BIN)/python -m pytest -m extra tests/tiers $(PYTEST_ARGS)
+	$(BIN)/python -m pip install --no-deps --target .cache/uvloop-0.21 uvloop==0.21.0
+	INFINISTORE_PYTHONPATH=$(CURDIR)/.cache/uvloop-0.21 $(BIN)/python -m pytest -m extra tests/tiers $(PYTEST_ARGS)
 
 test-faults: setup-tools ## Every backend under every fault; prints the table and writes fault-report.json
 	FAULT_REPORT=$(CURDIR)/fault-report.json $(BIN)/python -m pytest -m fault_suite tests/fault $(PYTEST_ARGS)

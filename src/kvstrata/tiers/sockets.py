@@ -59,6 +59,13 @@ class DeadlineSocket:
         """For polling."""
         return self._sock.fileno()
 
+    def acknowledge_at_once(self) -> None:
+        """Do not wait 40 ms for something to send along with the next acknowledgement.
+
+        For servers that send an answer in small pieces, each of which waits for it. Wears off: ask each time.
+        """
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send ``parts`` one after the other."""
         views = [memoryview(part) for part in parts if len(part)]
