@@ -20,6 +20,8 @@ from kvstrata.tiers.base import Tier
 from kvstrata.tiers.redis import RedisOptions, RedisTier
 from kvstrata.types import Miss, MissReason
 
+ACL_COMMANDS = "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan"
+
 
 def open_tier(url: str, **options: object) -> RedisTier:
     return RedisTier(RedisOptions(url=url, **options))
@@ -168,6 +170,20 @@ def test_a_key_prefix_separates(redis_server: RedisServer, tier: RedisTier, keys
         assert (one.delete(keys), other.delete(keys)) == (1, 1)
 
 
+def test_the_entries_of_a_prefix_are_not_those_of_no_prefix(
+    redis_server: RedisServer, tier: RedisTier, keys: list[str]
+) -> None:
+    with (
+        contextlib.closing(open_tier(redis_server.url, key_prefix="team:")) as one,
+        contextlib.closing(open_tier(redis_server.url, key_prefix="team:a:")) as other,
+    ):
+        one.write(keys[:1], [make_frame(10)])
+        other.write(keys[1:2], [make_frame(10)])
+        tier.write(keys[2:3], [make_frame(10)])
+        assert [list(each.scan()) for each in (one, other, tier)] == [keys[:1], keys[1:2], keys[2:3]]
+        assert (one.delete(keys), other.delete(keys)) == (1, 1)
+
+
 def test_entries_of_others_are_left_out(tier: RedisTier, client: redis.Redis, keys: list[str]) -> None:
     client.mset({"kv_bytes": 1, "x@kv_bytes": 1, "a@b@c@d@ekv_bytes": 1, b"\xff\xfekv_bytes": 1, "other": 1})
     tier.write(keys[:1], [make_frame(10)])
@@ -288,6 +304,25 @@ def test_a_user_who_may_not_write(password_server: RedisServer, keys: list[str])
             list(tier.scan())
         with pytest.raises(TierUnavailable, match="NOPERM"):
             tier.delete(keys)
+
+
+def test_the_documented_commands_are_enough(keys: list[str]) -> None:
+    with RedisServer([f"user kvstrata on >pw ~* resetchannels -@all {ACL_COMMANDS}"]) as server:
+        url = login_url(server, "kvstrata", "pw").removesuffix("/0") + "/1"
+        with contextlib.closing(
+            open_tier(url, ttl_seconds=100, refresh_ttl=True, max_value_bytes=1024)
+        ) as tier:
+            frames = [make_frame(1000 * at, at) for at in range(10)]
+            tier.write(keys, frames)
+            tier.write(keys, frames)
+            assert tier.contains(keys) == [True] * 10
+            assert read_frames(tier, keys) == [bytes(frame) for frame in frames]
+            assert sorted(tier.scan()) == sorted(keys)
+            assert tier.stats().used_bytes > 0
+            assert tier.delete(keys) == 10
+        with redis.Redis(port=server.port, db=1) as client:
+            assert client.dbsize() == 0
+            assert client.acl_log() == []
 
 
 def test_a_full_server_is_full_and_still_serves_reads(keys: list[str]) -> None:

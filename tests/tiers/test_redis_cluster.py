@@ -122,6 +122,28 @@ def test_what_was_found_is_said_once(cluster: RedisCluster, caplog: pytest.LogCa
     assert "p@ss" not in caplog.text
 
 
+def test_the_documented_commands_are_enough(cluster: RedisCluster) -> None:
+    flush(cluster)
+    commands = (
+        "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan +cluster|slots +asking"
+    )
+    for node in cluster.nodes:
+        node.ask("ACL", "SETUSER", "kvstrata", "on", ">pw", "~*", "-@all", *commands.split())
+        node.ask("ACL", "LOG", "RESET")
+    keys = make_keys(10, seed=7)
+    url = f"redis-cluster://kvstrata:pw@{cluster.url.rpartition('@')[2]}"
+    with contextlib.closing(open_tier(url, ttl_seconds=100, refresh_ttl=True)) as tier:
+        source = cluster.owner(value_name(keys[0]))
+        target = next(node for node in cluster.nodes if node is not source)
+        cluster.begin_migration(slot_of(value_name(keys[0])), source, target)
+        tier.write(keys, [make_frame(100)] * 10)
+        assert read_frames(tier, keys, 100) == [bytes(make_frame(100))] * 10
+        assert sorted(tier.scan()) == sorted(keys)
+        assert tier.delete(keys) == 10
+        cluster.end_migration(slot_of(value_name(keys[0])), source, target)
+    assert [node.ask("ACL", "LOG") for node in cluster.nodes] == [[], [], []]
+
+
 def test_a_plain_server_is_no_cluster(redis_server: RedisServer) -> None:
     tier = open_tier(f"redis-cluster://127.0.0.1:{redis_server.port}")
     with contextlib.closing(tier), pytest.raises(TierUnavailable, match="cluster support disabled"):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pytest
 import redis
 
 from kvstrata.errors import TierPartlyUnavailable, TierUnavailable
+from kvstrata.testing.proxy import Flow, Link, Proxy
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
 from kvstrata.tiers.base import Tier
@@ -109,6 +111,42 @@ def test_more_threads_than_connections_wait_for_each_other(
         with ThreadPoolExecutor(8) as threads:
             assert all(threads.map(work, range(8)))
     tier.delete(keys)
+
+
+def test_all_servers_are_asked_before_any_answer_is_awaited(servers: list[RedisServer]) -> None:
+    """Each answer is held back until the other server has been asked: with one after the other none would come."""
+    asked = [threading.Event(), threading.Event()]
+    was_alone: list[int] = []
+
+    def link(own: int) -> Link:
+        def question(data: bytes) -> bytes:
+            asked[own].set()
+            return data
+
+        def answer(data: bytes) -> bytes:
+            if not asked[1 - own].wait(3):
+                was_alone.append(own)
+            return data
+
+        return Link(to_server=Flow(rewrite=question), to_client=Flow(rewrite=answer))
+
+    addresses = [("127.0.0.1", server.port) for server in servers]
+    with Proxy(addresses[0]) as first, Proxy(addresses[1]) as second:
+        url = f"redis://{first.address},{second.address}"
+        with contextlib.closing(RedisTier(RedisOptions(url=url))) as tier:
+            keys = make_keys(40)
+            tier.write(keys, [make_frame(100)] * 40)
+            for operation in (
+                lambda: tier.contains(keys) == [True] * 40,
+                lambda: read_frames(tier, keys, 100) == [bytes(make_frame(100))] * 40,
+            ):
+                for event in asked:
+                    event.clear()
+                first.link, second.link = link(0), link(1)
+                assert operation()
+                first.link = second.link = Link()
+            assert tier.delete(keys) == 40
+    assert was_alone == []
 
 
 # -- faults

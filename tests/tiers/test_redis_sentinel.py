@@ -101,6 +101,24 @@ def test_reads_from_the_replica_and_writes_to_the_master(group: RedisSentinel, t
         assert reader.delete(keys) == 5
 
 
+def test_the_documented_commands_are_enough(group: RedisSentinel) -> None:
+    data = "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan +role"
+    for server in group.servers:
+        server.ask("ACL", "SETUSER", "kvstrata", "on", ">pw", "~*", "-@all", *data.split())
+        server.ask("ACL", "LOG", "RESET")
+    for sentinel in group.sentinels:
+        watch = "+ping +sentinel|get-master-addr-by-name +sentinel|slaves"
+        sentinel.ask("ACL", "SETUSER", "watcher", "on", ">look", "-@all", *watch.split())
+    hosts = group.url.rpartition("@")[2].partition("?")[0]
+    login = "sentinel_username=watcher&sentinel_password=look"
+    keys = make_keys(3)
+    with contextlib.closing(open_tier(f"redis-sentinel://kvstrata:pw@{hosts}?{login}&db=1")) as tier:
+        tier.write(keys, [make_frame(10)] * 3)
+        assert tier.contains(keys) == [True] * 3
+        assert tier.delete(keys) == 3
+    assert group.master.ask("ACL", "LOG") == []
+
+
 def test_sentinels_that_are_gone_or_hang_are_passed_over(group: RedisSentinel) -> None:
     keys = make_keys(2)
     first = group.sentinels[0]
