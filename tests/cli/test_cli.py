@@ -25,6 +25,18 @@ COMMANDS = [
     ("keys", "count"),
     ("keys", "show"),
     ("keys", "delete"),
+    ("status",),
+    ("tiers",),
+    ("clear",),
+    ("pin",),
+    ("unpin",),
+    ("pins",),
+    ("warm",),
+    ("verify",),
+    ("jobs",),
+    ("runtime",),
+    ("ping",),
+    ("doctor",),
     ("version",),
 ]
 

@@ -14,7 +14,24 @@ from typing import Annotated, cast
 import typer
 
 from kvstrata.__about__ import __version__
-from kvstrata.cli import bench, config, demo, keys, remote, server, version
+from kvstrata.cli import (
+    bench,
+    clear,
+    config,
+    demo,
+    doctor,
+    jobs,
+    keys,
+    ping,
+    pins,
+    remote,
+    runtime,
+    server,
+    status,
+    verify,
+    version,
+    warm,
+)
 from kvstrata.errors import ConfigError, KVStrataError, PluginError
 
 OK, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -36,6 +53,18 @@ app.command("remote", epilog=remote.EXAMPLE)(remote.remote)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
+app.command("status", epilog=status.EXAMPLE)(status.status)
+app.command("tiers", epilog=status.TIERS_EXAMPLE)(status.tiers)
+app.command("clear", epilog=clear.EXAMPLE)(clear.clear)
+app.command("pin", epilog=pins.PIN_EXAMPLE)(pins.pin)
+app.command("unpin", epilog=pins.UNPIN_EXAMPLE)(pins.unpin)
+app.command("pins", epilog=pins.PINS_EXAMPLE)(pins.pins)
+app.command("warm", epilog=warm.EXAMPLE)(warm.warm)
+app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
+app.command("jobs", epilog=jobs.EXAMPLE)(jobs.jobs)
+app.command("runtime", epilog=runtime.EXAMPLE)(runtime.runtime)
+app.command("ping", epilog=ping.EXAMPLE)(ping.ping)
+app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("version", epilog=version.EXAMPLE)(version.version)
 
