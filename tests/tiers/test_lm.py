@@ -93,7 +93,7 @@ class TestLmTierOverTLSWithToken(TierContract):
     def tier(self, tls_server: RemoteServerThread, lm_certificates: Any, tmp_path: Path) -> Iterator[Tier]:
         (tmp_path / "token").write_text("a token\n")
         url = f"lms://127.0.0.1:{tls_server.port}?ssl_ca_certs={lm_certificates.path('authority.crt')}"
-        with contextlib.closing(open_tier(url, token_file=str(tmp_path / "token"))) as tier:
+        with contextlib.closing(open_tier(url, token_file=str(tmp_path / "token"), checksums=True)) as tier:
             yield emptied(tier)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from kvstrata.testing import raw_socket
 from kvstrata.tiers.redis.deployment import open_topology
 from kvstrata.tiers.redis.endpoint import Endpoint
 from kvstrata.tiers.redis.server import Limits
@@ -45,7 +48,8 @@ class RawTransport(Protocol):
 def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int = 5) -> RawRates:
     """Write and read ``num_frames`` frames of ``frame_bytes`` per round, after one round of warm-up.
 
-    ``url``: any of the Redis family (a frame goes to the server that has its name), or ``file://`` for a directory.
+    ``url``: any of the Redis family (a frame goes to the server that has its name), ``file://`` for a directory, or
+    ``lm://`` for a bare server on a TCP port of this host (that in the URL is not used: it is what is compared).
     What was written is removed.
 
     Raises:
@@ -71,6 +75,8 @@ def open_raw(url: str) -> RawTransport:
         return RawFiles(Path(unquote(parts.path)))
     if parts.scheme == "unix" or parts.scheme in SCHEMES:
         return RawRedis(url)
+    if parts.scheme == "lm":
+        return RawSocket()
     raise ValueError(f"no raw loop for {parts.scheme}://")
 
 
@@ -144,6 +150,33 @@ class RawRedis:
         for sock in self._sockets.values():
             sock.close()
         self._topology.close()
+
+
+class RawSocket:
+    """Frames to and from a process that does nothing but keep them (:mod:`kvstrata.testing.raw_socket`)."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-I", raw_socket.__file__]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603 - our own program
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            self._sock = socket.create_connection(("127.0.0.1", int(output.readline())))
+        raw_socket.tune(self._sock)
+
+    def write(self, number: int, frame: memoryview) -> None:
+        self._sock.sendall(raw_socket.REQUEST.pack(b"w", number, len(frame)))
+        self._sock.sendall(frame)
+        if self._sock.recv(1) != b"+":
+            raise OSError("the server of the raw loop has ended")
+
+    def read(self, number: int, frame: memoryview) -> None:
+        self._sock.sendall(raw_socket.REQUEST.pack(b"r", number, len(frame)))
+        if not raw_socket.receive(self._sock, frame):
+            raise ConnectionResetError("the server of the raw loop has ended")
+
+    def close(self, num_frames: int) -> None:  # noqa: ARG002 - the frames go with the process
+        self._sock.close()
+        self._process.wait()
 
 
 class RawFiles:

@@ -36,14 +36,19 @@ def contains(connection: Connection, keys: Sequence[bytes]) -> list[bool]:
     return [held == 1 for held in connection.body(len(keys))]
 
 
-def read(connection: Connection, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> list[int | Miss]:
+def read(
+    connection: Connection, keys: Sequence[bytes], buffers: Sequence[memoryview], *, with_checksum: bool
+) -> list[int | Miss]:
     """One call; the server sends frames as fast as they are taken."""
     rooms = [min(len(buffer), wire.MAX_ROOM) for buffer in buffers]
     connection.send(_call(wire.Verb.READ, keys, rooms))
-    return [_take(connection, key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+    return [
+        _take(connection, key, buffer, with_checksum=with_checksum)
+        for key, buffer in zip(keys, buffers, strict=True)
+    ]
 
 
-def _take(connection: Connection, key: bytes, buffer: memoryview) -> int | Miss:
+def _take(connection: Connection, key: bytes, buffer: memoryview, *, with_checksum: bool) -> int | Miss:
     answer = connection.answer(wire.Verb.READ)
     if answer.status == wire.Status.TOO_LARGE:
         return Miss(MissReason.CORRUPT, f"frame of {answer.number} bytes for a buffer of {len(buffer)}")
@@ -53,13 +58,18 @@ def _take(connection: Connection, key: bytes, buffer: memoryview) -> int | Miss:
         raise connection.violated(f"{answer.body_bytes} bytes where there is room for {len(buffer)}")
     frame = buffer[: answer.body_bytes]
     connection.receive_all(frame)
-    if answer.checksum and wire.checksum(key, frame) != answer.checksum:
+    if with_checksum and answer.checksum and wire.checksum(key, frame) != answer.checksum:
         return Miss(MissReason.CORRUPT, "the checksum of the frame is wrong")
     return answer.body_bytes
 
 
 def write(
-    connection: Connection, keys: Sequence[bytes], frames: Sequence[memoryview], ttl_seconds: int
+    connection: Connection,
+    keys: Sequence[bytes],
+    frames: Sequence[memoryview],
+    *,
+    ttl_seconds: int,
+    with_checksum: bool,
 ) -> None:
     """One call per frame, sent ahead. All are attempted.
 
@@ -73,9 +83,8 @@ def write(
         parts: list[Buffer] = []
         for key, frame in batch:
             packed = wire.pack_keys([key])
-            call = wire.Call(
-                wire.Verb.WRITE, 1, len(packed), len(frame), ttl_seconds, wire.checksum(key, frame)
-            )
+            checksum = wire.checksum(key, frame) if with_checksum else 0
+            call = wire.Call(wire.Verb.WRITE, 1, len(packed), len(frame), ttl_seconds, checksum)
             parts += [call.pack() + packed, frame]
         connection.send(parts)
         answers = [connection.answer(wire.Verb.WRITE) for _ in batch]

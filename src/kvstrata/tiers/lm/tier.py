@@ -25,6 +25,9 @@ class LmOptions(TierOptions, frozen=True, kw_only=True):
     """File with the token, in place of the URL's."""
     ttl_seconds: int | None = None
     """Entries expire after this time, if the server does not let them expire earlier."""
+    checksums: bool = False
+    """Whether each frame has a checksum on its way, which the server verifies when it is written and this tier when
+    it is read. The frame's own checksum is verified above the tiers in any case."""
     connect_timeout_seconds: float = 2.0
     """Deadline of connecting, the TLS handshake and the proof of the token included."""
 
@@ -89,7 +92,12 @@ class LmTier(Tier):
                 return plain.read(connection, _plain(keys), buffers)
             results: list[int | Miss] = []
             for piece in extended.batches(_names(keys)):
-                results += extended.read(connection, piece, buffers[len(results) : len(results) + len(piece)])
+                results += extended.read(
+                    connection,
+                    piece,
+                    buffers[len(results) : len(results) + len(piece)],
+                    with_checksum=self.options.checksums,
+                )
             return results
 
     def write(self, keys: Sequence[str], frames: Sequence[memoryview]) -> None:
@@ -112,7 +120,13 @@ class LmTier(Tier):
                     f"{self._where}: a frame of {largest} bytes; the server takes up to"
                     f" {connection.hello.max_frame_bytes} (--max-frame-mb)"
                 )
-            extended.write(connection, _names(keys), frames, self.options.ttl_seconds or 0)
+            extended.write(
+                connection,
+                _names(keys),
+                frames,
+                ttl_seconds=self.options.ttl_seconds or 0,
+                with_checksum=self.options.checksums,
+            )
 
     def delete(self, keys: Sequence[str]) -> int:
         """See :class:`Tier`."""
