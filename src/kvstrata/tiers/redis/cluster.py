@@ -85,7 +85,7 @@ class ClusterTopology(Topology):
             node = self._node(target)
             if reply.code == "ASK":
                 return Ask(node)
-            self._table = [*self._table[:slot], node, *self._table[slot + 1 :]]
+            self._table[slot] = node
         self._refresh_soon()
         return Again()
 
