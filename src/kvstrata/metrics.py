@@ -20,6 +20,8 @@ L1 = "l1"
 """The value of the label ``tier`` for host memory."""
 OPERATIONS = ("contains", "read", "write", "delete", "clear")
 """What is done to a tier; the values of the label ``operation``."""
+GATE_DECISIONS = ("load", "trial", "recompute")
+"""The values of the label ``decision``."""
 _PREFIX = "kvstrata_"
 _LOOKUP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _OPERATION_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -82,6 +84,20 @@ class Metrics:
         self.gated_total = self._counter(
             "gated_total", "Look-ups that recompute what a tier holds, because loading is slower.", ["tier"]
         )
+        self.gate_decisions_total = self._counter(
+            "gate_decisions_total",
+            "What the gate said to loading from a tier: load, trial (to measure it) or recompute.",
+            ["tier", "decision"],
+        )
+        self.gate_estimated_seconds_total = self._counter(
+            "gate_estimated_load_seconds_total", "Estimates of the loads that were begun.", ["tier"]
+        )
+        self.gate_load_seconds_total = self._counter(
+            "gate_load_seconds_total", "What those loads took; the same as the estimates, ideally.", ["tier"]
+        )
+        self.saved_prefill_seconds_total = self._counter(
+            "saved_prefill_seconds_total", "Estimate of the prefill time that hits saved their engines."
+        )
 
     def _declare_l1(self) -> None:
         self.stored_tokens_total = self._counter("stored_tokens_total", "Tokens stored; once per shard.")
@@ -137,6 +153,19 @@ class Metrics:
         """The gate decided against loading from ``tier``."""
         self.gated_total.labels(tier).inc()
 
+    def gate_decided(self, tier: str, decision: str) -> None:
+        """The gate decided (one of :data:`GATE_DECISIONS`) about loading from ``tier``."""
+        self.gate_decisions_total.labels(tier, decision).inc()
+
+    def gate_loaded(self, tier: str, estimated_seconds: float, seconds: float) -> None:
+        """A load that the gate had an estimate of has ended."""
+        self.gate_estimated_seconds_total.labels(tier).inc(estimated_seconds)
+        self.gate_load_seconds_total.labels(tier).inc(seconds)
+
+    def prefill_saved(self, seconds: float) -> None:
+        """A hit spared its engine so much prefill."""
+        self.saved_prefill_seconds_total.inc(seconds)
+
     def stored(self, num_tokens: int, payload_bytes: int) -> None:
         """Payloads of one shard became visible."""
         self.stored_tokens_total.inc(num_tokens)
@@ -149,7 +178,11 @@ class Metrics:
             self.tier_bytes_total.labels(tier, operation)
         for reason in MissReason:
             self.frame_misses_total.labels(tier, reason.value)
+        for decision in GATE_DECISIONS:
+            self.gate_decisions_total.labels(tier, decision)
         for metric in (
+            self.gate_estimated_seconds_total,
+            self.gate_load_seconds_total,
             self.hit_tokens_total,
             self.gated_total,
             self.tier_errors_total,
@@ -204,7 +237,8 @@ class Metrics:
             name = family.name.removeprefix(_PREFIX)
             for sample in family.samples:
                 if sample.name.endswith("_total"):
-                    _put(totals, [name, *sample.labels.values()], int(sample.value))
+                    value = int(sample.value) if sample.value.is_integer() else round(sample.value, 6)
+                    _put(totals, [name, *sample.labels.values()], value)
         return totals
 
     def operation_buckets(self, tier: str, operation: str) -> tuple[list[tuple[float, float]], float]:
@@ -228,7 +262,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _put(tree: dict[str, Any], path: list[str], value: int) -> None:
+def _put(tree: dict[str, Any], path: list[str], value: float) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value

@@ -345,7 +345,9 @@ def test_a_write_that_is_queued_after_a_clear_it_preceded_is_left_out(
         def clear_first(*args: object) -> bool:
             monkeypatch.setattr(cache.tiers[0], "write", write)
             cache.clear(cache.intern(asked.namespace))
-            wait_until(lambda: not cache._is_clearing(0, cache.intern(asked.namespace)), "it is cleared")
+            wait_until(
+                lambda: not cache._clears.is_running(0, cache.intern(asked.namespace)), "it is cleared"
+            )
             return write(*args)  # type: ignore[arg-type]
 
         put(cache, other)

@@ -2,53 +2,106 @@ from __future__ import annotations
 
 import pytest
 
-from kvstrata.cache.gate import RETRY_SECONDS, Gate
+from kvstrata.cache.gate import RETRY_SECONDS, TRIAL_SHARE, Gate, Verdict
 
 NS = b"namespace"
 
 
 def measured(*, read_bytes_per_second: float, prefill_tokens_per_second: float) -> Gate:
-    gate = Gate(enabled=True)
+    gate = Gate()
     gate.read("disk", int(read_bytes_per_second), 1.0, 0.0)
-    gate.prefilled(NS, int(prefill_tokens_per_second), 1.0, 0.0)
+    gate.prefilled(NS, int(prefill_tokens_per_second), 1.0)
     return gate
 
 
-def test_without_measurements_everything_is_loaded() -> None:
-    gate = Gate(enabled=True)
-    assert gate.worth_loading(NS, "disk", 1, 1 << 40, 0.0)
+def verdict(gate: Gate, num_tokens: int, num_bytes: int, now: float = 1.0, tier: str = "disk") -> Verdict:
+    return gate.decide(NS, tier, num_tokens, num_bytes, now).verdict
+
+
+def test_without_a_measurement_of_the_engine_everything_is_loaded() -> None:
+    gate = Gate()
+    assert verdict(gate, 1, 1 << 40) == Verdict.LOAD
     gate.read("disk", 1, 1.0, 0.0)
-    assert gate.worth_loading(NS, "disk", 1, 1 << 40, 0.0)
-    gate.prefilled(b"another", 1 << 30, 1.0, 0.0)
-    assert gate.worth_loading(NS, "disk", 1, 1 << 40, 0.0)
+    assert verdict(gate, 1, 1 << 40) == Verdict.LOAD
+    gate.prefilled(b"another", 1 << 30, 1.0)
+    decision = gate.decide(NS, "disk", 1, 1 << 40, 1.0)
+    assert decision.verdict == Verdict.LOAD
+    assert (decision.load_seconds, decision.prefill_seconds, decision.patience_seconds) == (
+        1 << 40,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_bytes", "worth"),
-    [(1000, 999_000, True), (1000, 1_001_000, False), (1, 500, True), (1, 2000, False)],
+    ("num_tokens", "num_bytes", "expected"),
+    [
+        (1000, 999_000, Verdict.LOAD),
+        (1000, 1_001_000, Verdict.RECOMPUTE),
+        (1, 500, Verdict.LOAD),
+        (1, 2000, Verdict.RECOMPUTE),
+    ],
 )
 def test_what_takes_longer_to_read_than_to_compute_is_computed(
-    num_tokens: int, num_bytes: int, worth: bool
+    num_tokens: int, num_bytes: int, expected: Verdict
 ) -> None:
     gate = measured(read_bytes_per_second=1_000_000, prefill_tokens_per_second=1000)
-    assert gate.worth_loading(NS, "disk", num_tokens, num_bytes, 1.0) is worth
+    decision = gate.decide(NS, "disk", num_tokens, num_bytes, 1.0)
+    assert decision.verdict == expected
+    assert decision.load_seconds == pytest.approx(num_bytes / 1e6)
+    assert decision.prefill_seconds == decision.patience_seconds == pytest.approx(num_tokens / 1e3)
 
 
 def test_each_tier_and_namespace_counts_for_itself() -> None:
     gate = measured(read_bytes_per_second=10, prefill_tokens_per_second=1000)
-    assert not gate.worth_loading(NS, "disk", 10, 1000, 1.0)
-    assert gate.worth_loading(NS, "redis", 10, 1000, 1.0)
-    gate.prefilled(b"slow model", 1, 1000.0, 0.0)
-    assert gate.worth_loading(b"slow model", "disk", 10, 1000, 1.0)
+    gate.read("redis", 10_000, 1.0, 0.0)
+    assert verdict(gate, 10, 1000) == Verdict.RECOMPUTE
+    assert verdict(gate, 1000, 1000, tier="redis") == Verdict.LOAD
+    gate.prefilled(b"slow model", 1, 1000.0)
+    assert gate.decide(b"slow model", "disk", 10, 1000, 1.0).verdict == Verdict.LOAD
 
 
-def test_a_refusal_is_forgotten_after_a_while() -> None:
+def test_a_tier_that_was_not_measured_is_tried_by_one_load_at_a_time() -> None:
+    gate = Gate()
+    gate.prefilled(NS, 1000, 1.0)
+    decision = gate.decide(NS, "disk", 1000, 1 << 40, 1.0)
+    assert decision.verdict == Verdict.TRIAL
+    assert decision.patience_seconds == TRIAL_SHARE * 1.0
+    assert gate.patience_seconds(NS, 1000) == 1.0
+    gate.trying("disk", 1.0)
+    assert verdict(gate, 1000, 1 << 40) == Verdict.RECOMPUTE
+    assert gate.patience_seconds(NS, 1000) == TRIAL_SHARE * 1.0
+    gate.read("disk", 0, 1.0, 2.0)  # it brought nothing: the next one may try
+    assert verdict(gate, 1000, 1 << 40) == Verdict.TRIAL
+    gate.trying("disk", 3.0)
+    gate.read("disk", 1 << 40, 0.5, 4.0)
+    assert verdict(gate, 1000, 1 << 40, 4.0) == Verdict.LOAD
+
+
+def test_what_was_written_says_how_fast_a_tier_is_until_it_was_read_from() -> None:
+    gate = Gate()
+    gate.prefilled(NS, 1000, 1.0)
+    gate.wrote("disk", 0, 0.0, 0.0)  # it had it already
+    assert verdict(gate, 1000, 2000) == Verdict.TRIAL
+    gate.wrote("disk", 1000, 1.0, 0.0)
+    assert verdict(gate, 1000, 2000) == Verdict.RECOMPUTE
+    assert verdict(gate, 1000, 500) == Verdict.LOAD
+    gate.read("disk", 100_000, 1.0, 0.0)
+    gate.wrote("disk", 1000, 1.0, 0.0)
+    assert verdict(gate, 1000, 2000) == Verdict.LOAD
+    gate.wrote("other", 1_000_000, 1.0, 0.0)
+    assert gate.order(["disk", "other"], 1000) == [0, 1], "only reads say which is the fastest to read from"
+
+
+def test_a_refusal_is_tried_again_after_a_while() -> None:
     gate = measured(read_bytes_per_second=10, prefill_tokens_per_second=1000)
-    assert not gate.worth_loading(NS, "disk", 10, 1000, RETRY_SECONDS - 1)
-    assert gate.worth_loading(NS, "disk", 10, 1000, RETRY_SECONDS + 1)
-    assert gate.worth_loading(NS, "disk", 10, 1000, RETRY_SECONDS + 2)
+    assert verdict(gate, 10, 1000, RETRY_SECONDS - 1) == Verdict.RECOMPUTE
+    assert verdict(gate, 10, 1000, RETRY_SECONDS + 1) == Verdict.TRIAL
+    gate.trying("disk", RETRY_SECONDS + 1)
+    assert verdict(gate, 10, 1000, RETRY_SECONDS + 2) == Verdict.RECOMPUTE
     gate.read("disk", 10, 1.0, RETRY_SECONDS + 3)
-    assert not gate.worth_loading(NS, "disk", 10, 1000, RETRY_SECONDS + 4)
+    assert verdict(gate, 10, 1000, RETRY_SECONDS + 4) == Verdict.RECOMPUTE
+    assert verdict(gate, 10, 1000, 2 * RETRY_SECONDS + 4) == Verdict.TRIAL
 
 
 def test_estimates_follow_what_is_seen() -> None:
@@ -56,19 +109,56 @@ def test_estimates_follow_what_is_seen() -> None:
     for _ in range(30):
         gate.read("disk", 1000, 1.0, 1.0)
     assert gate.estimates()["disk_bytes_per_second"] == pytest.approx(1000, rel=0.05)
-    assert gate.worth_loading(NS, "disk", 10, 9, 1.0)
+    assert verdict(gate, 10, 9) == Verdict.LOAD
+
+
+def test_latency_is_no_bandwidth() -> None:
+    """A small read from a tier that is far away does not make large ones look slow."""
+    gate = Gate()
+    gate.prefilled(NS, 1000, 1.0)
+    gate.answered("far", 0.1)
+    gate.read("far", 10_000, 0.101, 0.0)
+    assert gate.decide(NS, "far", 10_000, 1_000_000, 1.0).load_seconds == pytest.approx(0.1 + 1.01, rel=0.02)
+    assert verdict(gate, 10_000, 1_000_000, tier="far") == Verdict.LOAD
+    assert verdict(gate, 50, 1_000, tier="far") == Verdict.RECOMPUTE
+    assert gate.estimates()["far_latency_seconds"] == pytest.approx(0.1)
+
+
+def test_the_order_is_by_speed_where_speeds_are_known() -> None:
+    gate = Gate()
+    names = ["a", "b", "c"]
+    assert gate.order(names, 1000) == [0, 1, 2]
+    gate.read("b", 1000, 1.0, 0.0)
+    assert gate.order(names, 1000) == [0, 1, 2]
+    gate.read("c", 1000, 0.5, 0.0)
+    assert gate.order(names, 1000) == [0, 2, 1]
+    gate.read("a", 1000, 0.7, 0.0)
+    assert gate.order(names, 1000) == [2, 0, 1]
+    even = Gate()
+    for name in names:
+        even.read(name, 1000, 1.0, 0.0)
+    assert even.order(names, 1000) == [0, 1, 2]
+    gate.answered("c", 10.0)
+    assert gate.order(names, 1000) == [0, 1, 2]
+    assert gate.order(names, 100_000) == [2, 0, 1], "latency matters less for more bytes"
 
 
 def test_nonsense_is_no_measurement() -> None:
-    gate = Gate(enabled=True)
+    gate = Gate()
     for units, seconds in ((0, 1.0), (-1, 1.0), (1, 0.0), (1, -1.0)):
         gate.read("disk", units, seconds, 0.0)
-        gate.prefilled(NS, units, seconds, 0.0)
+        gate.prefilled(NS, units, seconds)
     assert gate.estimates() == {}
 
 
-def test_switched_off_it_lets_everything_through() -> None:
-    gate = Gate(enabled=False)
-    gate.read("disk", 1, 1000.0, 0.0)
-    gate.prefilled(NS, 1000, 1.0, 0.0)
-    assert gate.worth_loading(NS, "disk", 1, 1 << 40, 0.0)
+def test_modes() -> None:
+    for mode, expected in (("always", Verdict.LOAD), (False, Verdict.LOAD), ("never", Verdict.RECOMPUTE)):
+        gate = Gate(mode)
+        gate.read("disk", 1, 1000.0, 0.0)
+        gate.prefilled(NS, 1000, 1.0)
+        decision = gate.decide(NS, "disk", 1, 1 << 40, 1.0)
+        assert decision.verdict == expected
+        assert decision.patience_seconds is None
+    assert Gate(True).mode == "auto"
+    with pytest.raises(ValueError, match="auto, always, never"):
+        Gate("sometimes")

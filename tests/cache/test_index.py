@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstrata.cache.index import Entry, Index, State
+from kvstrata.cache.index import Entry, Index, State, entry_key
 from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.base import EvictionPolicy
@@ -19,7 +19,7 @@ SPACE = Namespace("vllm", "m", "fp", "auto", 1, "tp1", 16, LAYOUT)
 
 
 def piece(name: str, parent: str = "") -> Piece:
-    return Piece(name.encode().ljust(32), parent.encode().ljust(32), 0, 16)
+    return Piece(name.encode().ljust(32), parent.encode().ljust(32), 16 if parent else 0, 16)
 
 
 def ready(index: Index, name: str, parent: str = "") -> Entry:
@@ -152,3 +152,28 @@ def test_shards_are_apart(index: Index) -> None:
     assert index.get(first.chunk_hash, 1) is second
     assert index.of_namespace(SPACE) == [first, second]
     assert index.of_namespace(Namespace("vllm", "m", "fp", "auto", 1, "tp1", 16, LAYOUT)) == []
+
+
+def test_a_parent_that_comes_after_its_children_is_kept_for_them() -> None:
+    index = Index(SlotAllocator(4 * SLOT), LRUPolicy())
+    late = ready(index, "1")
+    ready(index, "2", "1")
+    index.drop(late)  # a tier has lost it, or it was damaged; the request computes it and stores it again
+    late = ready(index, "1")
+    assert late.num_children == 1
+    ready(index, "3", "0")
+    assert ready(index, "0").num_children == 1
+    index.touch([index.entries[entry_key(piece(name).chunk_hash, 0)] for name in "23"])
+    ready(index, "4")
+    assert {"0", "1"} < names(index)
+    for entry in list(index.entries.values()):
+        index.drop(entry)
+    assert index._awaited == {}
+
+
+def test_a_parent_for_which_there_is_no_room_leaves_nothing(index: Index) -> None:
+    held = [ready(index, name) for name in "abcd"]
+    for entry in held:
+        entry.leases += 1
+    assert index.insert(SPACE, piece("2", "1"), 0, State.WRITING) is None
+    assert index._awaited == {}

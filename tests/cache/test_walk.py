@@ -172,3 +172,38 @@ def test_what_is_being_written_is_not_seen() -> None:
     insert(index, namespace, every_piece(namespace, prefix)[0], 0, State.WRITING)
     reached = walk(index, namespace, prefix, wait=True)
     assert (reached.num_tokens, reached.loading) == (0, [])
+
+
+@given(
+    blocks_per_chunk=st.integers(1, 4),
+    num_tokens=st.integers(1, 60),
+    first_token=st.integers(0, 60),
+    held=st.sets(st.integers(0, 40)),
+    loading=st.sets(st.integers(0, 40), max_size=3),
+    wait=st.booleans(),
+)
+def test_a_walk_that_begins_later(
+    blocks_per_chunk: int, num_tokens: int, first_token: int, held: set[int], loading: set[int], wait: bool
+) -> None:
+    """It reaches as far as one whose first chunks are all there, and says where it began."""
+    namespace = make_namespace(blocks_per_chunk, 1)
+    prefix = make_prefix(namespace, num_tokens)
+    first_token = min(first_token, num_tokens)
+    first_chunk = first_token // namespace.chunk_size * namespace.chunk_size
+    index, full = make_index(), make_index()
+    for number, piece in enumerate(every_piece(namespace, prefix)):
+        state = State.LOADING if number in loading else State.READY
+        is_before = piece.first_token < first_chunk
+        if number in held:
+            insert(index, namespace, piece, 0, state)
+        if is_before and piece.num_tokens == namespace.chunk_size:
+            insert(full, namespace, piece, 0)
+        elif not is_before and number in held:
+            insert(full, namespace, piece, 0, state)
+    found = walk(index, namespace, prefix, first_token, wait=wait)
+    expected = walk(full, namespace, prefix, wait=wait)
+    begins_at = found.first_block * BLOCK_SIZE
+    assert begins_at in (0, first_chunk)
+    assert (found.next_block, found.complete) == (expected.next_block, expected.complete)
+    assert [entry.key for entry in found.loading] == [entry.key for entry in expected.loading]
+    assert found.pieces == [piece for piece in expected.pieces if piece.first_token >= begins_at]

@@ -23,7 +23,8 @@ VALID: dict[str, Any] = {
     "save_unfull_chunk": False,
     "save_decode_cache": True,
     "min_retrieve_tokens": 7,
-    "gate": False,
+    "gate": "never",
+    "read_policy": "fastest",
     "lookup_timeout_ms": 10,
     "local_cpu": False,
     "max_local_cpu_size": 1.5,
@@ -107,10 +108,10 @@ def test_sources_decide_key_by_key(tmp_path: Path) -> None:
     resolved = load_settings(
         {"KVSTRATA_PORT": "1", "KVSTRATA_CHUNK_SIZE": "8"},
         file=file,
-        overrides={"local_cpu": None, "gate": False},
+        overrides={"local_cpu": None, "gate": "never"},
     )
     settings = resolved.settings
-    assert (settings.chunk_size, settings.local_cpu, settings.port, settings.gate) == (16, False, 1, False)
+    assert (settings.chunk_size, settings.local_cpu, settings.port, settings.gate) == (16, False, 1, "never")
 
 
 @pytest.mark.parametrize("key", SETTINGS)

@@ -74,7 +74,10 @@ def test_the_url_of_a_directory(kind: str) -> None:
         ({"kind": "disk", "path": "/x", "max_byte": 5}, "no option 'max_byte' (did you mean 'max_bytes'?)"),
         ({"kind": "disk", "path": "/x", "max_bytes": "5"}, "Expected `int`, got `str` - at `$.max_bytes`"),
         ({"kind": "disk", "path": "/x", "max_bytes": 5, "codec": "zip"}, "no codec 'zip'"),
-        ({"kind": "disk", "path": "/x", "max_bytes": 5, "write_policy": "some"}, "Invalid enum value 'some'"),
+        (
+            {"kind": "disk", "path": "/x", "max_bytes": 5, "write_policy": "some"},
+            "expected all, second_use, none",
+        ),
         ({"kind": "disk", "path": "/x", "max_bytes": 5, "name": "a b"}, "$.name"),
         ({"kind": "redis", "url": "redis://h", "ttl_second": 1}, "did you mean 'ttl_seconds'?"),
         ({"kind": "redis", "url": "redis://:geheim@h", "db": 1}, "no option 'db'"),

@@ -57,7 +57,7 @@ def test_damaged_entries_never_reach_an_answer(
     """L1 only passes through, so that every request reads the tier."""
     disk = tmp_path / "disk"
     where = {"remote_url": redis_server.url} if tier == "redis" else {"local_disk": str(disk)}
-    extra = {"chunk_size": 128, "local_cpu": False, "gate": False, **where}
+    extra = {"chunk_size": 128, "local_cpu": False, "gate": "always", **where}
     client = redis.Redis.from_url(redis_server.url)
     client.flushall()
     with Engine(model, tmp_path / "engine.log", extra=extra, args=ARGS) as engine:

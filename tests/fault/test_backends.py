@@ -90,7 +90,7 @@ def run_case(backend: Backend, fault: Fault, row: Row) -> list[str]:
         local_cpu=False,  # so that every look-up needs the tier
         lookup_timeout_ms=int(LOOKUP_SECONDS * 1000),
         breaker_reset_seconds=0.2,
-        gate=False,
+        gate="always",
     )
     with LocalClient(settings) as client:
         load = Load(client)

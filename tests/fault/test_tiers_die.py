@@ -37,7 +37,7 @@ def settings_for(server: RedisServer, **changes: object) -> Settings:
         blocking_timeout_secs=0.5,
         lookup_timeout_ms=300,
         breaker_reset_seconds=0.1,
-        gate=False,
+        gate="always",
         **changes,
     )
 
@@ -180,7 +180,7 @@ def test_a_full_disk_takes_no_writes_and_still_reads(
 ) -> None:
     faults = tmp_path / "faults"
     settings = small_settings(
-        tiers=({"kind": "faulty", "path": str(tmp_path / "kv"), "faults_file": str(faults)},), gate=False
+        tiers=({"kind": "faulty", "path": str(tmp_path / "kv"), "faults_file": str(faults)},), gate="always"
     )
     kept, lost = prompt(325, seed=1), prompt(325, seed=2)
     with (
@@ -209,7 +209,7 @@ def test_a_server_with_a_hanging_tier_answers_and_ends(
     faults = tmp_path / "faults"
     settings = small_settings(
         tiers=({"kind": "faulty", "path": str(tmp_path / "kv"), "faults_file": str(faults)},),
-        gate=False,
+        gate="always",
         lookup_timeout_ms=200,
     )
     asked = prompt(325, seed=1)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstrata.cache.index import Entry, Index
+from kvstrata.config import WritePolicy
 from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces
 from kvstrata.policies.lru import LRUPolicy
 from kvstrata.policies.s3fifo import S3FIFOPolicy
@@ -100,7 +101,7 @@ class WatchedIndex(Index):
     def drop(self, entry: Entry, *, evicted: bool = False) -> None:
         if evicted:
             assert entry.leases == 0
-            children = [other for other in self.entries.values() if other.parent is entry]
+            children = [other for other in self.entries.values() if other.parent == entry.key]
             assert children == [], "a prefix was evicted while its continuation is held"
         super().drop(entry, evicted=evicted)
 
@@ -116,6 +117,10 @@ class Core(RuleBasedStateMachine):
         seed=st.integers(0, 2**32),
         first=st.lists(sequences, max_size=3),
         faults=st.sampled_from(FAULTS),
+        write_policies=st.lists(
+            st.sampled_from(["all", "all", "second_use", "none"]), min_size=2, max_size=2
+        ),
+        read_fastest=st.booleans(),
     )
     def open(
         self,
@@ -125,6 +130,8 @@ class Core(RuleBasedStateMachine):
         seed: int,
         first: list[tuple[Namespace, list[int]]],
         faults: Faults,
+        write_policies: list[WritePolicy],
+        read_fastest: bool,
     ) -> None:
         self.keep_in_l1 = keep_in_l1 or num_tiers == 0
         self.random = random.Random(seed)
@@ -138,6 +145,8 @@ class Core(RuleBasedStateMachine):
                 policy=policy(),
                 index=WatchedIndex,
                 keep_in_l1=self.keep_in_l1,
+                write_policies=write_policies,
+                read_fastest=read_fastest,
                 clock=lambda: time.monotonic() + self.skipped_seconds,
                 probe_seconds=0.01,
             )
@@ -390,7 +399,7 @@ class Core(RuleBasedStateMachine):
             with self.cache._lock:
                 entries = list(self.cache.index.entries.values())
                 for entry in entries:
-                    assert entry.num_children == sum(other.parent is entry for other in entries)
+                    assert entry.num_children == sum(other.parent == entry.key for other in entries)
             self.cache.clear()
             deadline = time.monotonic() + 20
             while self.cache.l1_stats()["used_bytes"] and time.monotonic() < deadline:

@@ -119,7 +119,7 @@ def _cores(config: FaultsConfig) -> Iterator[tuple[LocalClient, LocalClient, Pro
     with RedisServer(["maxmemory 256mb", "maxmemory-policy allkeys-lru"]) as server:
         proxy = Proxy(("127.0.0.1", server.port))
         settings = Settings(
-            max_local_cpu_size=_POOL_GIB, gate=False, lookup_timeout_ms=config.lookup_timeout_ms
+            max_local_cpu_size=_POOL_GIB, gate="always", lookup_timeout_ms=config.lookup_timeout_ms
         )
         far = msgspec.structs.replace(
             settings,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from kvstrata.bench.engines import Engines, running, started
+from kvstrata.bench.engines import CacheServer, Engines, running, started
 from kvstrata.bench.report import Environment, Report, Target, environment, median
 from kvstrata.errors import ServerUnavailable
 from kvstrata.testing.model import ModelError
@@ -170,10 +171,12 @@ class Session:
             return
         cache.drain()
         self._warm("l1", prompt)
+        above: list[str] = []
         for tier in cache.tiers():
-            self._warm(tier, prompt, prepare=cache.empty_l1)
-            if not cache.empty_tier(tier):
-                return  # it would answer for those below it, too
+            if not all(cache.empty_tier(name) for name in above):
+                return  # they would answer for this one, too
+            self._warm(tier, prompt, prepare=partial(_empty, cache, tuple(above)))
+            above.append(tier)
 
     def _cold(self, prompt: Prompt, *, ours_first: bool) -> None:
         plain = self._engines.plain
@@ -229,6 +232,13 @@ class Session:
         time.sleep(self._config.pause_seconds)
         answer = server.complete(prompt.tokens, max_tokens=self._config.answer_tokens, cache_salt=prompt.salt)
         return answer.ttft_seconds
+
+
+def _empty(cache: CacheServer, tiers: Sequence[str]) -> None:
+    """Leave a prompt to the tiers below ``tiers``. Each hit there has filled these again."""
+    for tier in tiers:
+        cache.empty_tier(tier)
+    cache.empty_l1()
 
 
 def _report(config: TTFTConfig, machine: Environment, measured: Measured) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Sequence
 
 from kvstrata import plugins
 from kvstrata.cache.breaker import Breaker
@@ -12,7 +13,7 @@ from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Index
 from kvstrata.cache.io import TierIO
 from kvstrata.codecs.open import Decoders, open_codec
-from kvstrata.config import Settings, tier_configs
+from kvstrata.config import Settings, TierConfig, tier_configs
 from kvstrata.errors import ConfigError
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.memory.region import SharedRegion
@@ -33,8 +34,10 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
     if settings.encryption_key_file is not None:
         open_codec("aesgcm", keys)  # so that a key file that cannot be used is found at start
     policy = plugins.load("policies", settings.cache_policy.lower())()
+    configs = tier_configs(settings)
+    _check_policies(settings, configs)
     tiers: list[TierIO] = []
-    for config in tier_configs(settings):
+    for config in configs:
         tier = open_tier(config)
         tiers.append(
             TierIO(
@@ -45,21 +48,33 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
                 metrics,
                 num_workers=int(config.options["num_workers"]),
                 write_queue_bytes=min(settings.write_queue_bytes, region.size_bytes // 2),
-                stores=config.write_policy != "none",
+                write_policy=config.write_policy,
                 breaker=Breaker(settings.breaker_failures),
                 probe_seconds=settings.breaker_reset_seconds,
             )
         )
         logger.info("tier %s: %s", config.name, tier.describe())
-    if not settings.local_cpu and not tiers:
-        raise ConfigError("local_cpu is false and there is no other tier (local_disk, remote_url, tiers)")
     return Cache(
         region.view,
         uuid.uuid4().hex,
         Index(SlotAllocator(region.size_bytes), policy),
         tiers,
         metrics,
-        gate=Gate(enabled=settings.gate),
+        gate=Gate(settings.gate),
         keep_in_l1=settings.local_cpu,
+        read_fastest=settings.read_policy == "fastest",
         lookup_timeout_seconds=settings.lookup_timeout_ms / 1000,
     )
+
+
+def _check_policies(settings: Settings, configs: Sequence[TierConfig]) -> None:
+    """Raises ConfigError where nothing could ever be held."""
+    if settings.local_cpu:
+        return
+    if not configs:
+        raise ConfigError("local_cpu is false and there is no other tier (local_disk, remote_url, tiers)")
+    if all(config.write_policy == "second_use" for config in configs):
+        raise ConfigError(
+            "local_cpu is false and every tier has write_policy second_use: nothing is kept until its second use; "
+            "set local_cpu to true, or the write_policy of one tier to all"
+        )

@@ -9,22 +9,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from kvstrata.cache.frames import Transfer, prepare, transfer_of
+from kvstrata.cache.clears import Clears
+from kvstrata.cache.frames import Transfer, prepare
 from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Entry, Index, State, entry_key
 from kvstrata.cache.io import TierIO
+from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
-from kvstrata.cache.prefetch import hold, plan_pieces, worth_loading
-from kvstrata.cache.walk import Walk, first_missing, missing_candidates, walk
+from kvstrata.cache.prefetch import Prefetch
+from kvstrata.cache.walk import Walk, first_missing, walk
+from kvstrata.cache.writes import Writes
 from kvstrata.frame import HEADER_BYTES
 from kvstrata.metrics import Metrics
-from kvstrata.types import NO_HIT, PENDING, Hit, Miss, MissReason, Namespace, Piece, Prefix, Slot
+from kvstrata.types import NO_HIT, PENDING, Hit, MissReason, Namespace, Piece, Prefix, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +50,36 @@ class Cache:
         *,
         gate: Gate,
         keep_in_l1: bool = True,
+        read_fastest: bool = False,
         lookup_timeout_seconds: float = 3.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Put a core together.
+
+        Args:
+            keep_in_l1: false: L1 only passes data on to and from the tiers.
+            read_fastest: what several tiers hold is read from the one measured fastest, not from the first.
+        """
         self.pool = pool
         self.pool_id = pool_id
         self.index = index
         self.tiers = tiers
         self.metrics = metrics
         self.gate = gate
-        self.keep_in_l1 = keep_in_l1
-        """False: L1 only passes data on to and from the tiers."""
         self.stores_frozen = False
         """An operator wants nothing new to be stored; what is held is served on."""
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._clock = clock
-        self._lock = threading.Lock()
+        self._l1 = L1(pool, index, keep=keep_in_l1)
+        self._lock = self._l1.lock
+        self._clears = Clears(len(tiers))
+        self._writes = Writes(self._l1, tiers, self._clears, gate, clock)
+        self._prefetch = Prefetch(
+            self._l1, tiers, self._clears, gate, metrics, read_fastest=read_fastest, clock=clock
+        )
         self._namespaces: dict[Namespace, Namespace] = {}
         self._lookups: dict[tuple[str, str], Lookup] = {}
         self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
-        self._num_clears = 0
-        self._cleared_at: dict[Namespace | None, int] = {}
-        """The number of the last clear of each namespace, or of everything."""
-        self._clearing: dict[int, list[Namespace | None]] = {i: [] for i in range(len(tiers))}
 
     def intern(self, namespace: Namespace) -> Namespace:
         """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
@@ -79,18 +88,21 @@ class Cache:
 
     # Lookup
 
-    def lookup(self, owner: str, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+    def lookup(
+        self, owner: str, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0
+    ) -> Hit:
         """See ``client.base.Client.lookup``. ``namespace`` is interned."""
         now = self._clock()
         with self._lock:
             lookup = self._lookups.get((owner, request_id))
-            if lookup is not None and (lookup.prefix != prefix or lookup.namespace is not namespace):
+            if lookup is not None and not lookup.asks(namespace, prefix, first_token):
                 if lookup.hit is not None:  # its payloads may be in use, and are another prompt's
                     return NO_HIT
                 self._release(owner, request_id)
                 lookup = None
             if lookup is None:
-                lookup = Lookup(namespace, prefix, now, now + self._lookup_timeout_seconds)
+                deadline = now + self._lookup_timeout_seconds
+                lookup = Lookup(namespace, prefix, now, deadline, first_token)
                 self._lookups[owner, request_id] = lookup
             hit, jobs = self._advance(lookup, now)
             if hit.num_tokens == 0 and not hit.pending:
@@ -100,37 +112,38 @@ class Cache:
         return hit
 
     def _advance(self, lookup: Lookup, now: float) -> tuple[Hit, list[Job]]:
-        """The answer as of now, and what to ask the tiers."""
+        """The answer as of now, and what to do besides: ask the tiers, or write to them what is used."""
         if lookup.hit is not None:
             return lookup.hit, []
         expired = now >= lookup.deadline
-        reached = walk(self.index, lookup.namespace, lookup.prefix, wait=not expired)
+        reached = walk(self.index, lookup.namespace, lookup.prefix, lookup.first_token, wait=not expired)
         if reached.complete:
-            return self._finish(lookup, reached), []
+            return self._finish(lookup, reached)
         if expired:
             return self._expire(lookup, reached)
-        if not lookup.probed and not reached.loading and self.tiers:
-            return PENDING, self._probe(lookup, reached)
+        if not lookup.probed and not reached.loading and self._prefetch.is_possible:
+            return PENDING, self._prefetch.begin(lookup, reached)
         if reached.loading or lookup.waiting_for:
-            for shards in reached.entries:
-                for entry in shards:
-                    lookup.lease(entry)
-            for entry in reached.loading:
+            for entry in itertools.chain(*reached.entries, reached.loading):
                 lookup.lease(entry)
+            if not lookup.probed:
+                self._prefetch.joined(lookup)
             return PENDING, []
-        return self._finish(lookup, reached), []
+        return self._finish(lookup, reached)
 
     def _expire(self, lookup: Lookup, reached: Walk) -> tuple[Hit, list[Job]]:
         """The deadline has passed: the answer is what has arrived."""
-        stalled = [self.tiers[tier].stalled for tier in lookup.waiting_for]
+        stalled: list[Job] = []
+        if lookup.late is MissReason.DEADLINE:
+            stalled = [self.tiers[tier].stalled for tier in lookup.waiting_for]
         lookup.waiting_for.clear()
-        lookup.reason = MissReason.DEADLINE
-        return self._finish(lookup, reached), stalled
+        lookup.reason = lookup.late
+        hit, jobs = self._finish(lookup, reached)
+        return hit, stalled + jobs
 
-    def _finish(self, lookup: Lookup, reached: Walk) -> Hit:
-        for shards in reached.entries:
-            for entry in shards:
-                lookup.lease(entry)
+    def _finish(self, lookup: Lookup, reached: Walk) -> tuple[Hit, list[Job]]:
+        for entry in itertools.chain(*reached.entries):
+            lookup.lease(entry)
         by_tier: dict[str, int] = {}
         for piece, shards in zip(reached.pieces, reached.entries, strict=True):
             tier = next((name for e in shards if (name := lookup.fetched.get(e.key))), "l1")
@@ -152,93 +165,21 @@ class Cache:
             tokens_by_tier=by_tier,
             miss_reason=reason,
         )
-        self.metrics.looked_up(lookup.prefix.num_tokens, by_tier, reason, self._clock() - lookup.started_at)
-        return lookup.hit
+        first_token = reached.first_block * lookup.namespace.layout.block_size
+        self._count(lookup, lookup.hit, lookup.prefix.num_tokens - first_token)
+        return lookup.hit, self._writes.used(itertools.chain(*reached.entries))
+
+    def _count(self, lookup: Lookup, hit: Hit, num_asked: int) -> None:
+        seconds = self._clock() - lookup.started_at
+        self.metrics.looked_up(num_asked, hit.tokens_by_tier, hit.miss_reason, seconds)
+        num_found = sum(hit.tokens_by_tier.values())
+        saved = self.gate.prefill_seconds(lookup.namespace.fingerprint, num_found)
+        if saved:
+            self.metrics.prefill_saved(saved)
 
     def _why_missing(self, lookup: Lookup, reached: Walk) -> MissReason:
         first = first_missing(lookup.namespace, lookup.prefix, reached.next_block)
         return MissReason.ABSENT if first is None else self.index.why_missing(first.chunk_hash, 0)
-
-    # Prefetch
-
-    def _probe(self, lookup: Lookup, reached: Walk) -> list[Job]:
-        """Ask all tiers at once what they hold beyond ``reached``."""
-        lookup.probed = True
-        for shards in reached.entries:
-            for entry in shards:
-                lookup.lease(entry)
-        lookup.candidates = missing_candidates(lookup.namespace, lookup.prefix, reached.next_block)
-        keys = [
-            lookup.namespace.key(piece.chunk_hash, shard)
-            for piece in lookup.candidates
-            for shard in range(lookup.namespace.world_size)
-        ]
-        asked = [i for i in range(len(self.tiers)) if not self._is_clearing(i, lookup.namespace)]
-        lookup.waiting_for = set(asked)
-        expires_at = time.monotonic() + lookup.deadline - self._clock()
-        return [
-            partial(self.tiers[i].contains, keys, expires_at, partial(self._probed, lookup, i)) for i in asked
-        ]
-
-    def _probed(self, lookup: Lookup, tier: int, held: list[bool] | None) -> None:
-        """A tier answered; on its look-up thread, or on the caller's when it is down."""
-        with self._lock:
-            if lookup.hit is not None or lookup.released:
-                return
-            lookup.waiting_for.discard(tier)
-            if held is None:
-                lookup.reason = MissReason.TIER_DOWN
-            elif not self._is_clearing(tier, lookup.namespace):
-                lookup.held_by_tier[tier] = held
-            jobs = [] if lookup.waiting_for else self._plan_reads(lookup)
-        for job in jobs:
-            job()
-
-    def _plan_reads(self, lookup: Lookup) -> list[Job]:
-        """Reserve slots for what the tiers hold and is worth loading."""
-        names = [tier.name for tier in self.tiers]
-        plan, slow = worth_loading(plan_pieces(self.index, lookup), lookup, self.gate, names, self._clock())
-        if slow is not None:
-            lookup.reason = MissReason.GATED
-            self.metrics.gated(slow)
-        reads, had_room = hold(self.index, lookup, plan, names)
-        if not had_room:
-            lookup.reason = MissReason.NO_SPACE
-        jobs: list[Job] = []
-        for tier in sorted({read.tier for read in reads}):
-            mine = [read for read in reads if read.tier == tier]
-            transfers = [self._transfer(read.entry, read.piece) for read in mine]
-            entries = {t.key: read.entry for t, read in zip(transfers, mine, strict=True)}
-            done = partial(self._loaded, lookup, tier, entries)
-            jobs.append(partial(self.tiers[tier].read, transfers, done, partial(self._measured, tier)))
-        return jobs
-
-    def _loaded(
-        self,
-        lookup: Lookup,
-        tier: int,
-        entries: dict[str, Entry],
-        transfers: Sequence[Transfer],
-        outcome: Sequence[Miss | None],
-    ) -> None:
-        """A batch was read; on a read thread of the tier."""
-        with self._lock:
-            for transfer, miss in zip(transfers, outcome, strict=True):
-                entry = entries[transfer.key]
-                if miss is None:
-                    entry.tiers |= 1 << tier
-                    if entry.state is State.LOADING:
-                        entry.state = State.READY
-                else:
-                    lookup.reason = lookup.reason or miss.reason
-                    if entry.state is State.LOADING:
-                        self.index.drop(entry)
-                self._unlease(entry)
-
-    def _measured(self, tier: int, num_bytes: int, seconds: float) -> None:
-        """A read from a tier has ended."""
-        with self._lock:
-            self.gate.read(self.tiers[tier].name, num_bytes, seconds, self._clock())
 
     # Store
 
@@ -252,6 +193,7 @@ class Cache:
         slots: list[Slot | None] = []
         jobs: list[Job] = []
         with self._lock:
+            held = []
             for piece in pieces:
                 entry = self.index.get(piece.chunk_hash, shard)
                 if (owner, entry_key(piece.chunk_hash, shard)) in self._reserved:
@@ -259,10 +201,13 @@ class Cache:
                     slots.append(None)
                 elif entry is not None:
                     slots.append(None)
+                    held.append(entry)
                     if entry.state is State.READY:
-                        jobs += self._plan_writes(entry, self._transfer(entry, piece))
+                        transfer = self._l1.transfer(entry, piece.tokens_hash)
+                        jobs += self._writes.stored(entry, transfer, again=True)
                 else:
                     slots.append(self._reserve_new(owner, namespace, shard, piece))
+            self.index.touch(held)
         for job in jobs:
             job()
         return slots
@@ -272,7 +217,7 @@ class Cache:
         if entry is None:
             self.metrics.stores_dropped.inc()
             return None
-        transfer = self._transfer(entry, piece)
+        transfer = self._l1.transfer(entry, piece.tokens_hash)
         prepare(transfer)
         self._reserved[owner, entry.key] = entry, transfer
         return Slot(entry.offset + HEADER_BYTES, entry.payload_bytes)
@@ -289,8 +234,8 @@ class Cache:
                 if entry.state is State.WRITING:
                     entry.state = State.READY
                     committed.append(entry)
-                    jobs += self._plan_writes(entry, transfer)
-                self._unlease(entry)
+                    jobs += self._writes.stored(entry, transfer)
+                self._l1.unlease(entry)
             self.index.touch(committed)
             self.metrics.stored(sum(e.num_tokens for e in committed), sum(e.payload_bytes for e in committed))
         for job in jobs:
@@ -310,42 +255,6 @@ class Cache:
             self.index.drop(entry)
         self.index.unlease(entry)
 
-    def _plan_writes(self, entry: Entry, transfer: Transfer) -> list[Job]:
-        """Lease the entry once per tier that lacks it, and write it there."""
-        jobs: list[Job] = []
-        for i in range(len(self.tiers)):
-            if entry.tiers & (1 << i) or not self.tiers[i].stores or self._is_clearing(i, entry.namespace):
-                continue
-            entry.tiers |= 1 << i
-            entry.leases += 1
-            jobs.append(partial(self._write, i, entry, transfer, self._num_clears))
-        return jobs
-
-    def _write(self, tier: int, entry: Entry, transfer: Transfer, planned_at: int) -> None:
-        """Queue a write that was planned after so many clears."""
-        is_wanted = partial(self._is_wanted, entry.namespace, planned_at)
-        if not self.tiers[tier].write(transfer, partial(self._written, tier, entry), is_wanted):
-            self._written(tier, entry, False)
-
-    def _is_wanted(self, namespace: Namespace, planned_at: int) -> bool:
-        """Whether nothing cleared the tiers since: a write may be queued later than the clear that it preceded."""
-        return max(self._cleared_at.get(namespace, 0), self._cleared_at.get(None, 0)) <= planned_at
-
-    def _written(self, tier: int, entry: Entry, written: bool) -> None:
-        """A tier has it, or not; on the tier's write thread, or on the caller's when the write was dropped."""
-        with self._lock:
-            if not written:
-                entry.tiers &= ~(1 << tier)
-            self._unlease(entry)
-
-    def _unlease(self, entry: Entry) -> None:
-        self.index.unlease(entry)
-        if not self.keep_in_l1 and entry.leases == 0 and entry.state is State.READY:
-            self.index.drop(entry)
-
-    def _transfer(self, entry: Entry, piece: Piece) -> Transfer:
-        return transfer_of(self.pool, entry, piece.tokens_hash, int(time.time()))
-
     # Giving back
 
     def release(self, owner: str, request_id: str) -> None:
@@ -359,7 +268,7 @@ class Cache:
             return
         lookup.released = True
         for entry in lookup.leased.values():
-            self._unlease(entry)
+            self._l1.unlease(entry)
         lookup.leased.clear()
 
     def drop_owner(self, owner: str) -> None:
@@ -408,7 +317,7 @@ class Cache:
         ]
         with self._lock:
             for entry in held:
-                self._unlease(entry)
+                self._l1.unlease(entry)
         return copies
 
     def reserved_payload(self, owner: str, shard: int, chunk_hash: bytes) -> memoryview | None:
@@ -433,10 +342,7 @@ class Cache:
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         """See ``client.base.Client.report_prefill``."""
         with self._lock:
-            self.gate.prefilled(namespace.fingerprint, num_tokens, seconds, self._clock())
-
-    def _is_clearing(self, tier: int, namespace: Namespace) -> bool:
-        return any(scope is None or scope is namespace for scope in self._clearing[tier])
+            self.gate.prefilled(namespace.fingerprint, num_tokens, seconds)
 
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
         """Drop a namespace, or everything, from L1 now, and from the tiers in the background if they are meant."""
@@ -447,14 +353,12 @@ class Cache:
                 self.index.drop(entry)
             if not tiers:
                 return len(entries)
-            self._num_clears += 1
-            self._cleared_at[namespace] = self._num_clears
+            self._clears.begin(namespace)
             for lookup in self._lookups.values():
                 if namespace is None or lookup.namespace is namespace:
                     lookup.held_by_tier.clear()
             prefix = "" if namespace is None else namespace.key_prefix
             for i, tier in enumerate(self.tiers):
-                self._clearing[i].append(namespace)
                 jobs.append(partial(tier.clear, prefix, partial(self._cleared, i, namespace)))
         for job in jobs:
             job()
@@ -462,7 +366,7 @@ class Cache:
 
     def _cleared(self, tier: int, namespace: Namespace | None) -> None:
         with self._lock:
-            self._clearing[tier].remove(namespace)
+            self._clears.ended(tier, namespace)
 
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
         """Readable keys of L1 that begin with ``prefix``, at most ``limit``."""
@@ -502,8 +406,14 @@ class Cache:
             time.sleep(0.01)
         return True
 
-    def close(self, timeout_seconds: float = 10.0) -> None:
-        """Write what is queued, then end the threads and the tiers."""
-        self.flush(timeout_seconds)
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        """Write what is queued, then end the threads and the tiers; all of it within about ``timeout_seconds``.
+
+        What hangs is given up: its threads are daemons, and end with the process.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        self.flush(0.8 * timeout_seconds)
         for tier in self.tiers:
-            tier.close()
+            tier.end()
+        for tier in self.tiers:
+            tier.close(deadline)

@@ -1,73 +1,196 @@
 """The gate: load or recompute. Nothing is loaded that is measured to load slower than it is recomputed.
 
-Estimates come from what was seen: seconds per byte of a tier's reads (queueing and decoding included) and seconds
-per token of the engine's prefill. Without a measurement of both, load: that is how a measurement comes about. An
-estimate that says "recompute" is forgotten after ``RETRY_SECONDS``, so that a tier which became fast again is seen.
+Estimates come from what was seen. Of a tier: the latency of its look-ups, and seconds per byte of its reads
+(queueing and decoding included), or of its writes until it was read from. Of an engine: seconds per token of its
+prefill; without it everything is loaded. Where nothing is known of the tier, or what is known says "recompute" and
+is old, one load at a time is **tried**: its request waits for it no longer than :data:`TRIAL_SHARE` of the time
+that computing takes, and the load goes on to be measured. No request waits for a load longer than computing takes.
 """
 
 from __future__ import annotations
 
-_KEPT = 0.7
+import enum
+from collections.abc import Sequence
+
+import msgspec
+
+MODES = ("auto", "always", "never")
+"""Load what is measured to be faster than computing; load all that tiers hold; load nothing from them."""
 RETRY_SECONDS = 60.0
+"""An estimate that says "recompute" is tried again after so long: a tier may have become fast."""
+TRIAL_SHARE = 0.05
+_KEPT = 0.7
+_LEAST_TRANSFER_SHARE = 0.1
+"""Of the seconds of a read: the latency is an estimate too, and may be too high."""
+
+
+class Verdict(enum.StrEnum):
+    """What the gate says to a load. The values are metric labels."""
+
+    LOAD = "load"
+    TRIAL = "trial"
+    RECOMPUTE = "recompute"
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What was decided about loading from one tier, and on which grounds."""
+
+    tier: str
+    verdict: Verdict
+    num_tokens: int
+    num_bytes: int
+    load_seconds: float | None
+    """Estimate; None: the tier was not measured."""
+    prefill_seconds: float | None
+    """Estimate of computing the same tokens; None: the engine was not measured."""
+    patience_seconds: float | None = None
+    """How long a request may wait for this load; None: as long as for anything."""
 
 
 class Rate:
     """Seconds per unit: decaying sums, so that large measurements count for more than small ones."""
 
-    __slots__ = ("_seconds", "_units", "measured_at")
+    __slots__ = ("_seconds", "_units")
 
     def __init__(self) -> None:
         self._units = 0.0
         self._seconds = 0.0
-        self.measured_at = 0.0
 
     @property
     def value(self) -> float | None:
         """None before the first measurement."""
         return self._seconds / self._units if self._units else None
 
-    def add(self, units: int, seconds: float, now: float) -> None:
+    def add(self, units: int, seconds: float) -> bool:
+        """Take a measurement in; False when it is none."""
         if units <= 0 or seconds <= 0:
-            return
+            return False
         self._units = _KEPT * self._units + units
         self._seconds = _KEPT * self._seconds + seconds
-        self.measured_at = now
+        return True
 
-    def forget(self) -> None:
-        self._units = self._seconds = 0.0
+
+class _TierRates:
+    __slots__ = ("latency", "measured_at", "reads", "tried_at", "writes")
+
+    def __init__(self) -> None:
+        self.latency = Rate()
+        self.reads = Rate()
+        self.writes = Rate()
+        self.measured_at = 0.0
+        self.tried_at: float | None = None
+        """Since when a trial is under way."""
+
+    def add(self, rate: Rate, num_bytes: int, seconds: float, now: float) -> None:
+        """Take a read or a write in: what exceeds the latency is the transfer's."""
+        seconds = max(seconds - (self.latency.value or 0.0), _LEAST_TRANSFER_SHARE * seconds)
+        if rate.add(num_bytes, seconds):
+            self.measured_at = now
+
+    def load_seconds(self, per_byte: float | None, num_bytes: int) -> float | None:
+        return None if per_byte is None else (self.latency.value or 0.0) + per_byte * num_bytes
 
 
 class Gate:
-    """Decides per tier how much of a found prefix is worth loading. Guarded by the cache's lock."""
+    """Decides per tier how much of a found prefix is worth loading. Guarded by the core's lock."""
 
-    def __init__(self, *, enabled: bool) -> None:
-        self.enabled = enabled
+    def __init__(self, mode: str | bool = "auto") -> None:
+        """``mode`` is one of :data:`MODES`, or as it was once written: true is ``auto``, false ``always``."""
+        self.mode = mode if isinstance(mode, str) else ("auto" if mode else "always")
+        if self.mode not in MODES:
+            raise ValueError(f"gate {mode!r}; allowed are {', '.join(MODES)}")
         self._prefill: dict[bytes, Rate] = {}
-        self._read: dict[str, Rate] = {}
+        self._tiers: dict[str, _TierRates] = {}
 
-    def prefilled(self, namespace: bytes, num_tokens: int, seconds: float, now: float) -> None:
+    def _rates(self, tier: str) -> _TierRates:
+        return self._tiers.setdefault(tier, _TierRates())
+
+    # What is measured
+
+    def prefilled(self, namespace: bytes, num_tokens: int, seconds: float) -> None:
         """The engine of ``namespace`` (its fingerprint) computed ``num_tokens`` prompt tokens."""
-        self._prefill.setdefault(namespace, Rate()).add(num_tokens, seconds, now)
+        self._prefill.setdefault(namespace, Rate()).add(num_tokens, seconds)
+
+    def answered(self, tier: str, seconds: float) -> None:
+        """A tier said which keys it holds."""
+        self._rates(tier).latency.add(1, seconds)
 
     def read(self, tier: str, num_bytes: int, seconds: float, now: float) -> None:
         """A tier delivered ``num_bytes`` of payloads, the last of them ``seconds`` after they were asked for."""
-        self._read.setdefault(tier, Rate()).add(num_bytes, seconds, now)
+        rates = self._rates(tier)
+        rates.tried_at = None
+        rates.add(rates.reads, num_bytes, seconds, now)
 
-    def worth_loading(self, namespace: bytes, tier: str, num_tokens: int, num_bytes: int, now: float) -> bool:
-        """Whether reading ``num_bytes`` from ``tier`` is expected to beat computing ``num_tokens``."""
-        prefill, read = self._prefill.get(namespace), self._read.get(tier)
-        if not self.enabled or prefill is None or read is None or prefill.value is None or read.value is None:
-            return True
-        if read.value * num_bytes < prefill.value * num_tokens:
-            return True
-        if now - read.measured_at > RETRY_SECONDS:
-            read.forget()
-            return True
-        return False
+    def wrote(self, tier: str, num_bytes: int, seconds: float, now: float) -> None:
+        """A tier took ``num_bytes`` of a payload. That counts until it was read from."""
+        rates = self._rates(tier)
+        if rates.reads.value is None:
+            rates.add(rates.writes, num_bytes, seconds, now)
+
+    def trying(self, tier: str, now: float) -> None:
+        """A load begins that was let through to be measured."""
+        self._rates(tier).tried_at = now
+
+    # What follows
+
+    def prefill_seconds(self, namespace: bytes, num_tokens: int) -> float | None:
+        """Estimate of computing so many tokens."""
+        rate = self._prefill.get(namespace)
+        return None if rate is None or rate.value is None else rate.value * num_tokens
+
+    def decide(self, namespace: bytes, tier: str, num_tokens: int, num_bytes: int, now: float) -> Decision:
+        """Whether to read ``num_bytes`` from ``tier`` rather than compute ``num_tokens``."""
+        rates = self._rates(tier)
+        per_byte = rates.writes.value if rates.reads.value is None else rates.reads.value
+        load, prefill = rates.load_seconds(per_byte, num_bytes), self.prefill_seconds(namespace, num_tokens)
+        verdict = Verdict.LOAD
+        if self.mode == "never":
+            verdict = Verdict.RECOMPUTE
+        elif self.mode == "auto" and prefill is not None and (load is None or load >= prefill):
+            is_open = load is None or now - rates.measured_at > RETRY_SECONDS
+            is_tried = rates.tried_at is not None and now - rates.tried_at <= RETRY_SECONDS
+            verdict = Verdict.TRIAL if is_open and not is_tried else Verdict.RECOMPUTE
+        patience = None
+        if self.mode == "auto" and prefill is not None:
+            patience = prefill * (TRIAL_SHARE if verdict is Verdict.TRIAL else 1.0)
+        return Decision(tier, verdict, num_tokens, num_bytes, load, prefill, patience)
+
+    def patience_seconds(self, namespace: bytes, num_tokens: int) -> float | None:
+        """How long a request of so many tokens may wait for what another one loads; None: no bound."""
+        prefill = self.prefill_seconds(namespace, num_tokens)
+        if self.mode != "auto" or prefill is None:
+            return None
+        is_tried = any(rates.tried_at is not None for rates in self._tiers.values())
+        return prefill * (TRIAL_SHARE if is_tried else 1.0)
+
+    def order(self, tiers: Sequence[str], num_bytes: int) -> list[int]:
+        """The tiers by how fast each would deliver ``num_bytes``.
+
+        One that was not read from yet keeps its place: it is measured when it is used, never used only for that.
+        """
+        order: list[tuple[int, float | None]] = []
+        for i, tier in enumerate(tiers):
+            rates = self._rates(tier)
+            seconds = rates.load_seconds(rates.reads.value, num_bytes)
+            place = len(order)
+            while (
+                seconds is not None
+                and place
+                and (before := order[place - 1][1]) is not None
+                and seconds < before
+            ):
+                place -= 1
+            order.insert(place, (i, seconds))
+        return [i for i, _ in order]
 
     def estimates(self) -> dict[str, float]:
-        """Measured rates, for the statistics: bytes/s of each tier, prefill tokens/s."""
-        rates = {f"{tier}_bytes_per_second": 1 / r.value for tier, r in self._read.items() if r.value}
+        """Measured rates, for the statistics: bytes/s and latency of each tier, prefill tokens/s."""
+        rates: dict[str, float] = {}
+        for name, tier in self._tiers.items():
+            if tier.reads.value:
+                rates[f"{name}_bytes_per_second"] = 1 / tier.reads.value
+            if tier.latency.value:
+                rates[f"{name}_latency_seconds"] = tier.latency.value
         prefill = [r.value for r in self._prefill.values() if r.value]
         if prefill:
             rates["prefill_tokens_per_second"] = 1 / min(prefill)

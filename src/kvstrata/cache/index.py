@@ -16,6 +16,8 @@ import enum
 import itertools
 from collections.abc import Iterable
 
+import msgspec
+
 from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.base import EvictionPolicy
@@ -43,39 +45,30 @@ def entry_key(chunk_hash: bytes, shard: int) -> bytes:
     return chunk_hash + shard.to_bytes(2, "little")
 
 
-class Entry:
-    """The index record of one shard in L1. A million of these exist: no field without a need."""
+class Entry(msgspec.Struct, eq=False, gc=False):
+    """The index record of one shard in L1. A million of these exist: no field without a need.
 
-    __slots__ = (
-        "first_token",
-        "key",
-        "leases",
-        "namespace",
-        "num_children",
-        "num_tokens",
-        "offset",
-        "parent",
-        "root",
-        "state",
-        "tiers",
-    )
+    The garbage collector does not know them (they hold no reference to each other, so there are no cycles): a
+    full collection over a million of them takes a fifth of the time that it takes over ordinary objects.
+    """
 
-    def __init__(self, key: bytes, namespace: Namespace, piece: Piece, offset: int, state: State) -> None:
-        self.key = key
-        self.namespace = namespace
-        self.first_token = piece.first_token
-        self.num_tokens = piece.num_tokens
-        self.offset = offset
-        """Where the frame begins in the pool."""
-        self.state = state
-        self.parent: Entry | None = None
-        self.num_children = 0
-        self.root = b""
-        """The start of its chain, which tells namespace and salt; empty when its parent was not held."""
-        self.leases = 0
-        """Lookups, reservations and moves that need the slot to stay."""
-        self.tiers = 0
-        """Bit mask of the tiers that hold it, or will after a queued write."""
+    key: bytes
+    namespace: Namespace
+    first_token: int
+    num_tokens: int
+    offset: int
+    """Where the frame begins in the pool."""
+    state: State
+    parent: bytes | None
+    """The key of the piece before it, held or not; None at the start of a sequence."""
+    root: bytes = b""
+    """The start of its chain, which tells namespace and salt; empty when its parent was not held."""
+    num_children: int = 0
+    """Held entries whose parent this is."""
+    leases: int = 0
+    """Lookups, reservations and moves that need the slot to stay."""
+    tiers: int = 0
+    """Bit mask of the tiers that hold it, or will after a queued write."""
 
     @property
     def chunk_hash(self) -> bytes:
@@ -99,6 +92,9 @@ class Index:
         self.policy = policy
         self.num_evicted = 0
         self._ghosts: dict[bytes, None] = {}
+        self._awaited: dict[bytes, int] = {}
+        """Parents that are not held -> how many held entries wait for them. They come before their time when a
+        tier has lost the parent, or delivers it last."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -112,25 +108,47 @@ class Index:
         The key must not be held.
         """
         slot_bytes = HEADER_BYTES + namespace.layout.payload_bytes(piece.num_tokens) + MAX_GROWTH_BYTES
-        parent = self.get(piece.parent_hash, shard)
-        if parent is not None:
-            parent.num_children += 1  # so that it is not the victim that makes room for its child
+        parent = self._parent_key(piece, shard)
+        # First, so that the parent is not the victim that makes room for its child.
+        self._add_child(parent, 1)
         offset = self._allocate(slot_bytes)
         if offset is None:
-            if parent is not None:
-                parent.num_children -= 1
+            self._add_child(parent, -1)
             return None
-        entry = Entry(entry_key(piece.chunk_hash, shard), namespace, piece, offset, state)
-        entry.parent = parent
-        if parent is not None:
-            entry.root = parent.root
-        elif piece.first_token == 0:
-            entry.root = piece.parent_hash
+        key = entry_key(piece.chunk_hash, shard)
+        root = piece.parent_hash if parent is None else self._root_of(parent)
+        entry = Entry(key, namespace, piece.first_token, piece.num_tokens, offset, state, parent, root)
+        entry.num_children = self._awaited.pop(key, 0)
         entry.leases = 1
-        self.entries[entry.key] = entry
-        self._ghosts.pop(entry.key, None)
-        self.policy.added(entry.key, slot_bytes)
+        self.entries[key] = entry
+        self._ghosts.pop(key, None)
+        self.policy.added(key, slot_bytes)
         return entry
+
+    def _parent_key(self, piece: Piece, shard: int) -> bytes | None:
+        if piece.first_token == 0:
+            return None
+        key = entry_key(piece.parent_hash, shard)
+        parent = self.entries.get(key)
+        return key if parent is None else parent.key  # one object for both: it counts, a million times
+
+    def _root_of(self, key: bytes) -> bytes:
+        entry = self.entries.get(key)
+        return b"" if entry is None else entry.root
+
+    def _add_child(self, parent: bytes | None, number: int) -> None:
+        """``number`` more held entries have this parent."""
+        if parent is None:
+            return
+        entry = self.entries.get(parent)
+        if entry is not None:
+            entry.num_children += number
+            return
+        awaited = self._awaited.get(parent, 0) + number
+        if awaited:
+            self._awaited[parent] = awaited
+        else:
+            del self._awaited[parent]
 
     def _allocate(self, size_bytes: int) -> int | None:
         offset = self.allocator.allocate(size_bytes)
@@ -154,9 +172,9 @@ class Index:
         """Forget an entry. Its slot is freed now, or when its last lease ends."""
         del self.entries[entry.key]
         self.policy.removed(entry.key, evicted=evicted)
-        if entry.parent is not None:
-            entry.parent.num_children -= 1
-            entry.parent = None
+        if entry.num_children:
+            self._awaited[entry.key] = entry.num_children
+        self._add_child(entry.parent, -1)
         entry.state = State.DROPPED
         if entry.leases == 0:
             self.allocator.free(entry.offset)

@@ -19,6 +19,7 @@ from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders
+from kvstrata.config import WritePolicy
 from kvstrata.errors import TierError, TierFull, TierPartlyUnavailable, TierUnavailable
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.base import Tier
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 16 << 20
 """Bytes of one read or write call to a tier: large enough to pipeline, small enough to share among threads."""
 
+_STAND_BACK_SECONDS = 1.0
+"""After a write was dropped, how long none is taken that nobody waits for."""
 _SIZE_SECONDS = 0.25
 """How long statistics wait for a backend; then they show what it said the last time."""
 
@@ -37,10 +40,11 @@ _MAX_SAID = 16
 
 T = TypeVar("T")
 _PROBE_KEY = "kvstrata@probe@0@0@0"
-ContainsDone = Callable[[list[bool] | None], None]
+ContainsDone = Callable[[list[bool] | None, float], None]
 ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None]], None]
 Measured = Callable[[int, float], None]
-WriteDone = Callable[[bool], None]
+WriteDone = Callable[[bool, float], None]
+"""Whether it is written, and how many seconds the tier took (0: nothing had to be written)."""
 
 
 class Workers:
@@ -66,9 +70,16 @@ class Workers:
 
     def close(self, timeout_seconds: float) -> None:
         """Let queued jobs end, then the threads; give up on what hangs."""
+        self.end()
+        self.join(time.monotonic() + timeout_seconds)
+
+    def end(self) -> None:
+        """The same without waiting."""
         for _ in self._threads:
             self._jobs.put(None)
-        deadline = time.monotonic() + timeout_seconds
+
+    def join(self, deadline: float) -> None:
+        """Wait for the threads until ``deadline`` (monotonic); give up on what hangs."""
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -106,15 +117,14 @@ class TierIO:
         *,
         num_workers: int,
         write_queue_bytes: int,
-        stores: bool = True,
+        write_policy: WritePolicy = "all",
         breaker: Breaker | None = None,
         probe_seconds: float = 1.0,
     ) -> None:
         self.tier = tier
         self.name = name
         self.codec = codec
-        self.stores = stores
-        """Whether anything is written to this tier."""
+        self.write_policy = write_policy
         self.breaker = breaker or Breaker()
         self.queued_bytes = 0
         self.num_dropped = 0
@@ -126,6 +136,8 @@ class TierIO:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._said_full = False
+        self._spare_from = 0.0
+        """When writes that nobody waits for are taken again."""
         self._size: TierStats | None = None
         self._asking_size: threading.Event | None = None
         self._lookups = Workers(f"{name}-lookup", 1)
@@ -137,16 +149,18 @@ class TierIO:
     # Look-ups
 
     def contains(self, keys: Sequence[str], expires_at: float, done: ContainsDone) -> None:
-        """Ask which keys are held; ``done(None)`` when the tier is down or the answer came too late to matter."""
+        """Ask which keys are held, and how many seconds that took; they are None when the tier is down, or when
+        its turn came too late to matter."""
         if self.breaker.is_open:
-            done(None)
+            done(None, 0.0)
             return
 
         def job() -> None:
             held = None
-            if not self.breaker.is_open and time.monotonic() < expires_at:
+            started = time.monotonic()
+            if not self.breaker.is_open and started < expires_at:
                 held = self._call("contains", 0, lambda: self.tier.contains(keys))
-            done(held if held is None or len(held) == len(keys) else None)
+            done(held if held is None or len(held) == len(keys) else None, time.monotonic() - started)
 
         self._lookups.submit(job)
 
@@ -233,38 +247,73 @@ class TierIO:
 
         ``is_wanted`` is asked when its turn has come; it is left out when no longer wanted.
         """
-        size = len(transfer.slot)
         with self._lock:
-            if self.breaker.is_open or self.queued_bytes + size > self._write_queue_bytes:
-                self.num_dropped += 1
-                self._metrics.write_dropped(self.name)
-                return False
-            self.queued_bytes += size
-        self._writes.submit(lambda: self._write_one(transfer, done, is_wanted))
+            taken = not self.breaker.is_open and self._take(transfer, self._write_queue_bytes)
+            if not taken:
+                self._dropped()
+        if taken:
+            self._writes.submit(partial(self._write_one, transfer, done, is_wanted, False))
+        return taken
+
+    def fill(self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool]) -> bool:
+        """Queue a write that nobody waits for: False, and not counted, unless there is room to spare. When the
+        tier turns out to hold the key, nothing is written, and it counts as written."""
+        with self._lock:
+            taken = self._is_spare() and self._take(transfer, self._write_queue_bytes // 2)
+        if taken:
+            self._writes.submit(partial(self._write_one, transfer, done, is_wanted, True))
+        return taken
+
+    def has_spare_room(self) -> bool:
+        """Whether ``fill`` may take anything now."""
+        with self._lock:
+            return self._is_spare() and self.queued_bytes < self._write_queue_bytes // 2
+
+    def _is_spare(self) -> bool:
+        return not self.breaker.is_open and time.monotonic() >= self._spare_from
+
+    def _take(self, transfer: Transfer, limit_bytes: int) -> bool:
+        size = len(transfer.slot)
+        if self.queued_bytes + size > limit_bytes:
+            return False
+        self.queued_bytes += size
         return True
 
-    def _write_one(self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool]) -> None:
-        size = len(transfer.slot)
-        wanted = is_wanted()
-        written = wanted and not self.breaker.is_open and self._encode_and_write(transfer)
-        with self._lock:
-            self.queued_bytes -= size
-            if wanted and not written:
-                self.num_dropped += 1
-                self._metrics.write_dropped(self.name)
-        done(written)
+    def _dropped(self) -> None:
+        """A write was lost. Those that nobody waits for stand back for a while: the tier has enough to do."""
+        self.num_dropped += 1
+        self._spare_from = time.monotonic() + _STAND_BACK_SECONDS
+        self._metrics.write_dropped(self.name)
 
-    def _encode_and_write(self, transfer: Transfer) -> bool:
+    def _write_one(
+        self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool], unless_held: bool
+    ) -> None:
+        wanted = is_wanted()
+        seconds = None
+        if wanted and not self.breaker.is_open:
+            seconds = self._encode_and_write(transfer, unless_held)
+        with self._lock:
+            self.queued_bytes -= len(transfer.slot)
+            if wanted and seconds is None:
+                self._dropped()
+        done(seconds is not None, seconds or 0.0)
+
+    def _encode_and_write(self, transfer: Transfer, unless_held: bool) -> float | None:
+        """The seconds that it took; None when it failed."""
+        if unless_held and self._call("contains", 0, lambda: self.tier.contains([transfer.key])) == [True]:
+            return 0.0
+        started = time.monotonic()
         frame, error = _attempt(lambda: encode_frame(transfer, self.codec))
         if frame is None:
             logger.error("tier %s: codec %s broke its contract", self.name, self.codec.name, exc_info=error)
-            return False
+            return None
 
         def job() -> bool:
             self.tier.write([transfer.key], [frame])
             return True
 
-        return bool(self._call("write", len(transfer.slot), job))
+        written = self._call("write", len(transfer.slot), job)
+        return time.monotonic() - started if written else None
 
     # Deletes
 
@@ -390,6 +439,7 @@ class TierIO:
             if error is None:
                 self.breaker.succeeded()
                 self._said_full = False
+                self._spare_from = 0.0
                 self._metrics.breaker_changed(self.name, is_open=False)
                 logger.info("tier %s is back", self.name)
                 return
@@ -428,11 +478,16 @@ class TierIO:
             self._asking_size = None
         answered.set()
 
-    def close(self, timeout_seconds: float = 10.0) -> None:
-        """End queued work within the time, then the threads and the tier."""
+    def end(self) -> None:
+        """Let queued work end, then the threads. Does not wait."""
         self._closing.set()
         for workers in (self._lookups, self._reads, self._writes):
-            workers.close(timeout_seconds)
+            workers.end()
+
+    def close(self, deadline: float) -> None:
+        """After ``end``: wait for the threads until ``deadline`` (monotonic), then close the tier."""
+        for workers in (self._lookups, self._reads, self._writes):
+            workers.join(deadline)
         self.tier.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstrata.cache.gate import Decision
 from kvstrata.cache.index import Entry
 from kvstrata.types import Hit, MissReason, Namespace, Piece, Prefix
 
@@ -12,11 +13,17 @@ class Lookup:
     __slots__ = (
         "candidates",
         "deadline",
+        "decisions",
         "fetched",
+        "first_token",
         "held_by_tier",
         "hit",
+        "is_planned",
+        "late",
         "leased",
+        "load_seconds",
         "namespace",
+        "order",
         "prefix",
         "probed",
         "reason",
@@ -25,19 +32,33 @@ class Lookup:
         "waiting_for",
     )
 
-    def __init__(self, namespace: Namespace, prefix: Prefix, now: float, deadline: float) -> None:
+    def __init__(
+        self, namespace: Namespace, prefix: Prefix, now: float, deadline: float, first_token: int = 0
+    ) -> None:
         self.namespace = namespace
         self.prefix = prefix
+        self.first_token = first_token
+        """What is before its chunk is not asked for: the inference engine has it."""
         self.started_at = now
         self.deadline = deadline
+        self.late = MissReason.DEADLINE
+        """What it means when the deadline passes."""
         self.probed = False
         """Whether the lower tiers were asked."""
+        self.order: list[int] = []
+        """The tiers, the one to read from first in front."""
         self.candidates: list[Piece] = []
         """What they were asked for."""
         self.waiting_for: set[int] = set()
         """Tiers that have not answered yet."""
         self.held_by_tier: dict[int, list[bool]] = {}
         """Their answers, for ``candidates`` times shards."""
+        self.is_planned = False
+        """Whether it is decided what to read from them."""
+        self.decisions: list[Decision] = []
+        """What the gate said to that."""
+        self.load_seconds: dict[str, float] = {}
+        """By tier, how long its reads took in the end."""
         self.fetched: dict[bytes, str] = {}
         """Names of the tiers that supplied entries for this lookup, by index key."""
         self.leased: dict[bytes, Entry] = {}
@@ -47,17 +68,33 @@ class Lookup:
         """The answer, once there is one."""
         self.released = False
 
+    def asks(self, namespace: Namespace, prefix: Prefix, first_token: int) -> bool:
+        """Whether this is the same question."""
+        return self.namespace is namespace and self.first_token == first_token and self.prefix == prefix
+
+    def be_patient(self, seconds: float, since: float) -> None:
+        """Wait no longer than so, because the gate says that computing takes less."""
+        if since + seconds < self.deadline:
+            self.deadline, self.late = since + seconds, MissReason.GATED
+
     def lease(self, entry: Entry) -> None:
         """Hold an entry, once."""
         if entry.key not in self.leased:
             entry.leases += 1
             self.leased[entry.key] = entry
 
-    def tiers_holding(self, index: int) -> list[int | None]:
-        """For candidate ``index`` and each shard: the first tier that holds it."""
-        shards = self.namespace.world_size
-        answers = sorted(self.held_by_tier.items())
-        return [
-            next((tier for tier, held in answers if held[index * shards + shard]), None)
-            for shard in range(shards)
-        ]
+    def tier_holding(self, position: int, shard: int) -> int | None:
+        """The tier to read a shard of a candidate from: the first in order that holds it, of those whose answer is
+        not preceded by one that is still awaited."""
+        i = position * self.namespace.world_size + shard
+        for tier in self.order:
+            if tier in self.waiting_for:
+                return None
+            if (held := self.held_by_tier.get(tier)) is not None and held[i]:
+                return tier
+        return None
+
+    def tiers_holding(self, position: int, shard: int) -> int:
+        """The bit mask of all tiers that said to hold it."""
+        i = position * self.namespace.world_size + shard
+        return sum(1 << tier for tier, held in self.held_by_tier.items() if held[i])

@@ -1,107 +1,173 @@
-"""What a lookup reads from which tier, once the tiers have said what they hold. State changes only, no I/O;
-``cache.Cache`` holds its lock around all of it.
-"""
+"""L2 -> L1 ahead of a retrieve: ask the tiers what they hold, decide what to read, read it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import msgspec
-
-from kvstrata.cache.gate import Gate
-from kvstrata.cache.index import Entry, Index, State
+from kvstrata.cache.clears import Clears
+from kvstrata.cache.frames import Transfer
+from kvstrata.cache.gate import Decision, Gate, Verdict
+from kvstrata.cache.index import Entry, State
+from kvstrata.cache.io import TierIO
+from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
-from kvstrata.cache.walk import best_cover, fits, walk
-from kvstrata.types import Piece
+from kvstrata.cache.plan import hold, is_complete, plan_pieces, worth_loading
+from kvstrata.cache.walk import Walk, missing_candidates
+from kvstrata.metrics import Metrics
+from kvstrata.types import Miss, MissReason
+
+Job = Callable[[], None]
+"""I/O to do once the lock is released."""
 
 
-class PlannedPiece(msgspec.Struct, frozen=True, eq=False):
-    """A piece that extends what L1 holds of a prefix."""
+class Prefetch:
+    """``begin`` is called with L1's lock held; its jobs without. The rest happens on the threads of the tiers."""
 
-    piece: Piece
-    reads: dict[int, int]
-    """For each shard that L1 lacks, the tier to read it from."""
+    def __init__(
+        self,
+        l1: L1,
+        tiers: Sequence[TierIO],
+        clears: Clears,
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        read_fastest: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        """``read_fastest``: what several tiers hold is read from the one measured fastest, not from the first."""
+        self._l1 = l1
+        self._tiers = tiers
+        self._names = [tier.name for tier in tiers]
+        self._clears = clears
+        self._gate = gate
+        self._metrics = metrics
+        self._read_fastest = read_fastest
+        self._clock = clock
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is anything to ask."""
+        return bool(self._tiers) and self._gate.mode != "never"
 
-class Read(msgspec.Struct, frozen=True, eq=False):
-    """One shard to be read from a tier into its entry's slot."""
+    def joined(self, lookup: Lookup) -> None:
+        """``lookup`` waits for what another one loads: not longer than computing it all would take."""
+        seconds = self._gate.patience_seconds(lookup.namespace.fingerprint, lookup.prefix.num_tokens)
+        if seconds is not None:
+            lookup.be_patient(seconds, lookup.started_at)
 
-    tier: int
-    piece: Piece
-    entry: Entry
-
-
-def plan_pieces(index: Index, lookup: Lookup) -> list[PlannedPiece]:
-    """The pieces that continue the walk along the lookup's prefix, taking L1 and the tiers together."""
-    reads_by_hash: dict[bytes, dict[int, int]] = {}
-    for position, piece in enumerate(lookup.candidates):
-        reads = _reads(index, lookup, position, piece)
-        if reads is not None:
-            reads_by_hash[piece.chunk_hash] = reads
-    reached = walk(index, lookup.namespace, lookup.prefix, wait=False)
-    cover = best_cover(lookup.namespace, lookup.prefix, reached.next_block, set(reads_by_hash))
-    return [PlannedPiece(piece, reads_by_hash[piece.chunk_hash]) for piece in cover]
-
-
-def _reads(index: Index, lookup: Lookup, position: int, piece: Piece) -> dict[int, int] | None:
-    """What is to be read of a candidate; None when one of its shards is nowhere."""
-    reads: dict[int, int] = {}
-    for shard, tier in enumerate(lookup.tiers_holding(position)):
-        entry = index.get(piece.chunk_hash, shard)
-        if entry is not None and entry.state in {State.READY, State.LOADING}:
-            if not fits(entry, piece, lookup.namespace):
-                return None
-        elif tier is None:
-            return None
-        else:
-            reads[shard] = tier
-    return reads
-
-
-def worth_loading(
-    plan: list[PlannedPiece], lookup: Lookup, gate: Gate, tier_names: Sequence[str], now: float
-) -> tuple[list[PlannedPiece], str | None]:
-    """The leading part of ``plan`` that the gate lets through, and the tier that it stopped at, if any."""
-    num_tokens: dict[int, int] = {}
-    num_bytes: dict[int, int] = {}
-    for planned in plan:
-        for tier in set(planned.reads.values()):
-            num_tokens[tier] = num_tokens.get(tier, 0) + planned.piece.num_tokens
-        for tier in planned.reads.values():
-            size = lookup.namespace.layout.payload_bytes(planned.piece.num_tokens)
-            num_bytes[tier] = num_bytes.get(tier, 0) + size
-    fingerprint = lookup.namespace.fingerprint
-    slow = {
-        tier
-        for tier, size in num_bytes.items()
-        if not gate.worth_loading(fingerprint, tier_names[tier], num_tokens[tier], size, now)
-    }
-    for end, planned in enumerate(plan):
-        for tier in planned.reads.values():
-            if tier in slow:
-                return plan[:end], tier_names[tier]
-    return plan, None
-
-
-def hold(
-    index: Index, lookup: Lookup, plan: list[PlannedPiece], tier_names: Sequence[str]
-) -> tuple[list[Read], bool]:
-    """Lease what L1 holds of ``plan`` and give the rest slots; what is to be read, and whether there was room."""
-    for planned in plan:
-        for shard in range(lookup.namespace.world_size):
-            entry = index.get(planned.piece.chunk_hash, shard)
-            if entry is not None:
+    def begin(self, lookup: Lookup, reached: Walk) -> list[Job]:
+        """Ask all tiers at once what they hold beyond ``reached``."""
+        lookup.probed = True
+        for shards in reached.entries:
+            for entry in shards:
                 lookup.lease(entry)
-    reads: list[Read] = []
-    for planned in plan:
-        for shard, tier in planned.reads.items():
-            entry = index.get(planned.piece.chunk_hash, shard)
-            if entry is None:
-                entry = index.insert(lookup.namespace, planned.piece, shard, State.LOADING)
-                if entry is None:
-                    return reads, False
-                reads.append(Read(tier, planned.piece, entry))
-                lookup.lease(entry)
-            if entry.state is State.LOADING:
-                lookup.fetched[entry.key] = tier_names[tier]
-    return reads, True
+        namespace = lookup.namespace
+        lookup.candidates = missing_candidates(namespace, lookup.prefix, reached.next_block)
+        lookup.order = self._order(lookup, reached)
+        keys = [
+            namespace.key(piece.chunk_hash, shard)
+            for piece in lookup.candidates
+            for shard in range(namespace.world_size)
+        ]
+        asked = [i for i in range(len(self._tiers)) if not self._clears.is_running(i, namespace)]
+        lookup.waiting_for = set(asked)
+        expires_at = time.monotonic() + lookup.deadline - self._clock()
+        return [
+            partial(self._tiers[i].contains, keys, expires_at, partial(self._answered, lookup, i))
+            for i in asked
+        ]
+
+    def _order(self, lookup: Lookup, reached: Walk) -> list[int]:
+        if not self._read_fastest:
+            return list(range(len(self._tiers)))
+        num_blocks = lookup.prefix.num_blocks - reached.next_block + bool(lookup.prefix.remainder_hash)
+        shard_bytes = max(1, num_blocks) * lookup.namespace.layout.block_bytes
+        return self._gate.order(self._names, shard_bytes * lookup.namespace.world_size)
+
+    def _answered(self, lookup: Lookup, tier: int, held: list[bool] | None, seconds: float) -> None:
+        """A tier answered; on its look-up thread, or on the caller's when it is down."""
+        with self._l1.lock:
+            if held is not None:
+                self._gate.answered(self._names[tier], seconds)
+            if lookup.is_planned or lookup.hit is not None or lookup.released:
+                return
+            lookup.waiting_for.discard(tier)
+            if held is None:
+                lookup.reason = MissReason.TIER_DOWN
+            elif not self._clears.is_running(tier, lookup.namespace):
+                lookup.held_by_tier[tier] = held
+            jobs = self._plan(lookup)
+        for job in jobs:
+            job()
+
+    def _plan(self, lookup: Lookup) -> list[Job]:
+        """Reserve slots for what the tiers hold and is worth loading, once all have answered that matter.
+
+        A tier that is far away does not matter where those before it hold everything.
+        """
+        pieces = plan_pieces(self._l1.index, lookup)
+        if lookup.waiting_for and not is_complete(pieces, lookup):
+            return []
+        lookup.waiting_for.clear()
+        lookup.is_planned = True
+        plan, decisions = worth_loading(pieces, lookup, self._gate, self._names, self._clock())
+        self._decided(lookup, decisions)
+        reads, had_room = hold(self._l1.index, lookup, plan, self._names)
+        if not had_room:
+            lookup.reason = MissReason.NO_SPACE
+        jobs: list[Job] = []
+        for tier in sorted({read.tier for read in reads}):
+            mine = [read for read in reads if read.tier == tier]
+            transfers = [self._l1.transfer(read.entry, read.piece.tokens_hash) for read in mine]
+            entries = {t.key: read.entry for t, read in zip(transfers, mine, strict=True)}
+            decision = next(d for d in decisions if d.tier == self._names[tier])
+            if decision.verdict is Verdict.TRIAL:
+                self._gate.trying(decision.tier, self._clock())
+            done = partial(self._loaded, lookup, tier, entries)
+            measured = partial(self._measured, lookup, decision)
+            jobs.append(partial(self._tiers[tier].read, transfers, done, measured))
+        return jobs
+
+    def _decided(self, lookup: Lookup, decisions: list[Decision]) -> None:
+        lookup.decisions = decisions
+        for decision in decisions:
+            self._metrics.gate_decided(decision.tier, decision.verdict)
+            if decision.verdict is Verdict.RECOMPUTE:
+                lookup.reason = MissReason.GATED
+                self._metrics.gated(decision.tier)
+        waits = [d.patience_seconds for d in decisions if d.verdict is not Verdict.RECOMPUTE]
+        bounded = [seconds for seconds in waits if seconds is not None]
+        if bounded and len(bounded) == len(waits):
+            lookup.be_patient(max(bounded), self._clock())
+
+    def _loaded(
+        self,
+        lookup: Lookup,
+        tier: int,
+        entries: dict[str, Entry],
+        transfers: Sequence[Transfer],
+        outcome: Sequence[Miss | None],
+    ) -> None:
+        """A batch was read; on a read thread of the tier."""
+        with self._l1.lock:
+            for transfer, miss in zip(transfers, outcome, strict=True):
+                entry = entries[transfer.key]
+                if miss is None:
+                    entry.tiers |= 1 << tier
+                    if entry.state is State.LOADING:
+                        entry.state = State.READY
+                else:
+                    lookup.reason = lookup.reason or miss.reason
+                    if entry.state is State.LOADING:
+                        self._l1.index.drop(entry)
+                self._l1.unlease(entry)
+
+    def _measured(self, lookup: Lookup, decision: Decision, num_bytes: int, seconds: float) -> None:
+        """A read from a tier has ended."""
+        with self._l1.lock:
+            self._gate.read(decision.tier, num_bytes, seconds, self._clock())
+            lookup.load_seconds[decision.tier] = seconds
+        if num_bytes and decision.load_seconds is not None:
+            self._metrics.gate_loaded(decision.tier, decision.load_seconds, seconds)

@@ -6,7 +6,7 @@ for the last, partly filled block its exact remainder. A piece counts when all i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import msgspec
 
@@ -22,8 +22,10 @@ class Walk(msgspec.Struct):
     """``entries[piece][shard]``."""
     loading: list[Entry]
     """Entries that are being read and would extend the walk; empty when it ended for good."""
+    first_block: int
+    """Where it begins."""
     next_block: int
-    """Number of blocks covered."""
+    """The block that it reaches, without it."""
     complete: bool
     """Whether all tokens of the prefix are covered."""
 
@@ -65,25 +67,39 @@ def _candidate_ends(start: int, per_chunk: int, num_blocks: int) -> range:
     return range(min(start + per_chunk, num_blocks), start, -1)
 
 
-def walk(index: Index, namespace: Namespace, prefix: Prefix, *, wait: bool) -> Walk:
-    """How far L1 reaches along ``prefix``; with ``wait``, entries that are being read stop it for now."""
-    result = Walk([], [], [], 0, False)
+def walk(index: Index, namespace: Namespace, prefix: Prefix, first_token: int = 0, *, wait: bool) -> Walk:
+    """How far L1 reaches along ``prefix``; with ``wait``, entries that are being read stop it for now.
+
+    Where L1 does not reach ``first_token`` it begins anew with that token's chunk: who asks has what is before.
+    """
+    first_block = first_token // namespace.chunk_size * namespace.blocks_per_chunk
+    result = Walk([], [], [], 0, 0, False)
+    _extend(index, namespace, prefix, result, first_block, wait=False)
+    if result.next_block < first_block:
+        result = Walk([], [], [], first_block, first_block, False)
+    _extend(index, namespace, prefix, result, prefix.num_blocks, wait=wait)
+    if result.next_block == prefix.num_blocks and not result.loading:
+        result.complete = not prefix.remainder_hash or _take(
+            index, namespace, _remainder(namespace, prefix), result, wait=wait
+        )
+    return result
+
+
+def _extend(
+    index: Index, namespace: Namespace, prefix: Prefix, result: Walk, end_block: int, *, wait: bool
+) -> None:
+    """Go on with a walk, chunk by chunk, as far as L1 reaches or to ``end_block``."""
     per_chunk, num_blocks = namespace.blocks_per_chunk, prefix.num_blocks
     on_boundary = True
-    while on_boundary and result.next_block < num_blocks:
+    while on_boundary and result.next_block < end_block:
         start = result.next_block
         for end in _candidate_ends(start, per_chunk, num_blocks):
             if _take(index, namespace, _piece(namespace, prefix, start, end), result, wait=wait):
                 result.next_block = end
                 break
             if result.loading:
-                return result
+                return
         on_boundary = result.next_block == start + per_chunk
-    if result.next_block == num_blocks:
-        result.complete = not prefix.remainder_hash or _take(
-            index, namespace, _remainder(namespace, prefix), result, wait=wait
-        )
-    return result
 
 
 def _take(index: Index, namespace: Namespace, piece: Piece, result: Walk, *, wait: bool) -> bool:
@@ -138,7 +154,7 @@ def _missing(namespace: Namespace, prefix: Prefix, first_block: int) -> Iterator
         yield _remainder(namespace, prefix)
 
 
-def best_cover(namespace: Namespace, prefix: Prefix, first_block: int, held: set[bytes]) -> list[Piece]:
+def best_cover(namespace: Namespace, prefix: Prefix, first_block: int, held: Container[bytes]) -> list[Piece]:
     """The pieces that extend a walk that ended at ``first_block``, given the chunk hashes in ``held``.
 
     Follows the same order as :func:`walk`, so that the next walk takes what is now read.

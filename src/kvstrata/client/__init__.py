@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from kvstrata.client.base import Client, Reservation
 from kvstrata.client.embedded import EmbeddedServer
 from kvstrata.client.local import LocalClient
@@ -9,6 +11,8 @@ from kvstrata.client.remote import RemoteClient
 from kvstrata.config import Settings
 
 __all__ = ["Client", "LocalClient", "RemoteClient", "Reservation", "connect"]
+
+logger = logging.getLogger(__name__)
 
 _START_SECONDS = 15.0
 
@@ -40,5 +44,7 @@ def connect(
         keep_alive=embedded.keep_alive,
         on_close=embedded.close,
     )
-    client.wait_connected(_START_SECONDS)
+    client.wait_connected(_START_SECONDS, unless=lambda: embedded.failure is not None)
+    if not client.connected and (failure := embedded.failure) is not None:
+        logger.error("%s: there is no cache, its server cannot start: %s", name, failure)
     return client

@@ -75,8 +75,11 @@ class Client(ABC):
         """The chunk size that the server was told to use, if any. None while not connected."""
 
     @abstractmethod
-    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0) -> Hit:
         """How many leading tokens of ``prefix`` are held, by all shards; leases them for ``request_id``.
+
+        Who has the tokens before ``first_token`` already says so: nothing is read from lower tiers for them. Where
+        L1 lacks them the hit's pieces begin with the chunk that has ``first_token`` (none, unless that is held).
 
         A pending answer means that lower tiers are being asked or read: call again with the same arguments.
         Once the answer is not pending it does not change until ``release``, and its slots stay.

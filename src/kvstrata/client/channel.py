@@ -35,8 +35,9 @@ class Channel:
         self._socket.setsockopt(zmq.LINGER, 0)
         # Without a connection nothing is queued: a send is refused at once, and told as such.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        # Often: the first request after a server's return is to find the connection made.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 250)
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         self._monitor = self._socket.get_monitor_socket(events)
         self._socket.connect(endpoint)

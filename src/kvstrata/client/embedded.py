@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "embedded-"
 _SWEEP_AGE_SECONDS = 60.0
+FAILURE_FILE = "failure"
+"""Where a server that cannot start says why, for all processes of its engine."""
 
 
 class EmbeddedServer:
@@ -40,6 +42,16 @@ class EmbeddedServer:
         _sweep(runtime_directory)
 
     @property
+    def failure(self) -> str | None:
+        """Why the server will not come: what it said when it could not start; None while it may."""
+        try:
+            return (self._directory / FAILURE_FILE).read_text()
+        except OSError:
+            pass
+        status = None if self._process is None else self._process.poll()
+        return None if status is None else f"it ended with status {status}; its last lines are above"
+
+    @property
     def endpoint(self) -> str:
         return f"ipc://{self._directory}/control.sock"
 
@@ -52,6 +64,8 @@ class EmbeddedServer:
             logger.warning("the embedded server ended with status %d; it is started again", status)
         elif not _try_lock(self._lock):
             return
+        with contextlib.suppress(FileNotFoundError):
+            (self._directory / FAILURE_FILE).unlink()
         self._process = subprocess.Popen(  # noqa: S603  our own module
             [sys.executable, "-m", "kvstrata.server.embedded", str(self._directory), str(os.getpid())],
             stdin=subprocess.PIPE,

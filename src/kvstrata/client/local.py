@@ -47,10 +47,10 @@ class LocalClient(Client):
     def server_chunk_size(self) -> int | None:
         return self._chunk_size
 
-    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0) -> Hit:
         if self._closed:
             return NO_HIT
-        return self.cache.lookup(self._owner, request_id, self.cache.intern(namespace), prefix)
+        return self.cache.lookup(self._owner, request_id, self.cache.intern(namespace), prefix, first_token)
 
     def wait_lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
         """Look up and wait until the answer is no longer pending; at most the look-up's deadline."""

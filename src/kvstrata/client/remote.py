@@ -13,7 +13,7 @@ from kvstrata.client.channel import Answer, Channel
 from kvstrata.client.holdings import Holdings
 from kvstrata.client.mapping import PoolMappings
 from kvstrata.protocol import messages as m
-from kvstrata.types import NO_HIT, Hit, Namespace, Piece, Prefix
+from kvstrata.types import NO_HIT, PENDING, Hit, Namespace, Piece, Prefix
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class RemoteClient(Client):
         self._greeted_on = -1
         """The channel's ``connections`` when we last said hello."""
         self._next_attempt_at = 0.0
+        self._welcome_by = 0.0
+        """Until when a server that has just come (back) is expected to let us in: a look-up may wait for that."""
         self._registered: set[bytes] = set()
         self._holdings = Holdings()
         self._has_told = False
@@ -92,8 +94,11 @@ class RemoteClient(Client):
         if now < self._next_attempt_at and self._greeted_on == self._channel.connections:
             return False
         self._next_attempt_at = now + _RETRY_SECONDS
+        is_new = self._greeted_on != self._channel.connections
         self._greeted_on = self._channel.connections
         if self._greeted_on % 2:
+            if is_new:
+                self._welcome_by = now + self._timeout_seconds
             self._hello = self._channel.tell(m.Hello(m.PROTOCOL_VERSION, self.session, self._name))
         elif self._keep_alive is not None:
             self._keep_alive()
@@ -105,6 +110,7 @@ class RemoteClient(Client):
             logger.error("%s refused us: %s", self._channel.endpoint, reply.reason)
             self._next_attempt_at = time.monotonic() + 60 * _RETRY_SECONDS
         if not isinstance(reply, m.Welcome):
+            self._welcome_by = 0.0
             return False
         self._welcome = reply
         self._registered.clear()
@@ -121,11 +127,14 @@ class RemoteClient(Client):
         )
         return True
 
-    def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait for the server to be there: at start-up, in tools, and where the scheduler has just spoken to it."""
+    def wait_connected(self, timeout_seconds: float, *, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for the server to be there: at start-up, in tools, and where the scheduler has just spoken to it.
+
+        ``unless`` says that it will not come.
+        """
         deadline = time.monotonic() + timeout_seconds
         while not self.connected:
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or unless():
                 return False
             time.sleep(0.02)
         return True
@@ -153,6 +162,7 @@ class RemoteClient(Client):
             # It restarted, or forgot us. The next call says hello.
             self._welcome = None
             self._next_attempt_at = 0.0
+            self._welcome_by = time.monotonic() + self._timeout_seconds
             return None
         elif isinstance(answer[0], m.Refused):
             logger.error(
@@ -179,18 +189,19 @@ class RemoteClient(Client):
 
     # Verbs
 
-    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
+    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0) -> Hit:
         fingerprint = self._register(namespace)
-        if fingerprint is None:
-            self._holdings.lookup_lost(request_id, asked=False)
-            return NO_HIT
-        match self._ask(m.Lookup(request_id, fingerprint, prefix)):
-            case (m.LookupReply(hit=hit), _):
-                self._holdings.looked_up(request_id, hit)
-                return hit
-            case _:
-                self._holdings.lookup_lost(request_id, asked=True)
-                return NO_HIT
+        asked = fingerprint is not None
+        if fingerprint is not None:
+            match self._ask(m.Lookup(request_id, fingerprint, prefix, first_token)):
+                case (m.LookupReply(hit=hit), _):
+                    self._holdings.looked_up(request_id, hit)
+                    return hit
+                case _:
+                    pass
+        self._holdings.lookup_lost(request_id, asked=asked)
+        is_away = not asked or self._welcome is None
+        return PENDING if is_away and time.monotonic() < self._welcome_by else NO_HIT
 
     def release(self, request_id: str) -> None:
         self._holdings.released(request_id)

@@ -11,7 +11,7 @@ from kvstrata.config.codecs import chain_fault, parse_codec
 from kvstrata.config.load import DEFAULT, Resolved, load_settings
 from kvstrata.config.secrets import mask, mask_url
 from kvstrata.config.settings import ALIASES, GIB, SETTINGS, Setting, Settings
-from kvstrata.config.tiers import TierConfig, tier_configs, tier_from_url, unbounded
+from kvstrata.config.tiers import TierConfig, WritePolicy, tier_configs, tier_from_url, unbounded
 from kvstrata.config.values import DIRECTORY_SCHEMES
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Setting",
     "Settings",
     "TierConfig",
+    "WritePolicy",
     "chain_fault",
     "load_settings",
     "mask",

@@ -49,6 +49,9 @@ tiers:
   - url: redis://127.0.0.1:6379
     name: near
     ttl_seconds: 86400
+  - url: redis://far.example.net:6379
+    name: far
+    write_policy: second_use
   - kind: disk
     path: /mnt/nfs/kv
     max_bytes: 1000000000000
@@ -56,7 +59,9 @@ tiers:
 ```
 
 Every item has `kind` or `url`, and may have `name` (of logs and metrics; its kind by default), `codec`
-(`naive`) and `write_policy` (`all`, or `none`: only read). The other keys are options of its kind.
+(`naive`) and `write_policy`: `all` (it gets what is stored), `second_use` (what is used a second time: stored
+again, or hit) or `none` (it is only read from). The other keys are options of its kind.
+See [tiers.md](tiers.md) for several tiers at once.
 """
 
 _LMCACHE = """\

@@ -44,7 +44,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     min_retrieve_tokens: Annotated[
         int, _meta("A hit of fewer tokens is not used: they are recomputed.", "tokens", ge=0)
     ] = 0
-    gate: Annotated[bool, _meta("Recompute what is measured to load slower than it is recomputed.")] = True
+    gate: Annotated[
+        str,
+        _meta(
+            "`auto`: recompute what is measured to load slower than it is recomputed. `always`: load all that "
+            "tiers hold. `never`: load nothing from tiers. `true` is `auto`, `false` is `always`."
+        ),
+    ] = "auto"
+    read_policy: Annotated[
+        str,
+        _meta(
+            "Which tier an entry is read from that several hold: the `first` in order, or the one that is "
+            "measured `fastest` (the first while they are not measured)."
+        ),
+    ] = "first"
     lookup_timeout_ms: Annotated[
         int,
         _meta("How long a look-up may wait for lower tiers; then what has arrived counts.", "ms", ge=0),
@@ -114,7 +127,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[dict[str, Any], ...],
         _meta(
             "Further tiers below those, in the order they are asked: a list of mappings with `kind` or "
-            "`url`, and `name`, `codec`, `write_policy` (`all`, or `none`: read-only) and its own options."
+            "`url`, and `name`, `codec`, `write_policy` (`all`; `second_use`: what is used twice; `none`: "
+            "read-only) and its own options."
         ),
     ] = ()
     blocking_timeout_secs: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -16,7 +16,7 @@ from kvstrata.errors import ConfigError
 
 NO_BUDGET_BYTES = 2**62
 
-WritePolicy = Literal["all", "none"]
+WritePolicy = Literal["all", "second_use", "none"]
 
 
 class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +28,7 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Unique among the tiers of one configuration; a label of metrics and logs."""
     codec: str = "naive"
     write_policy: WritePolicy = "all"
-    """"none": the tier is read from, never written to."""
+    """"all": it gets what is stored. "second_use": what is used a second time. "none": it is only read from."""
     options: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -91,6 +91,12 @@ def unbounded(config: TierConfig) -> TierConfig:
 
 
 def _from_item(settings: Settings, where: str, item: dict[str, Any]) -> TierConfig:
+    policy, policies = item.get("write_policy", "all"), get_args(WritePolicy)
+    if policy not in policies:
+        listed = ", ".join(policies)
+        raise ConfigError(
+            f"{where}: write_policy {policy!r} is not allowed: expected {listed}{nearest(str(policy), policies)}"
+        )
     try:
         entry = msgspec.convert(item, _Entry)
         kind = entry.kind or (url_kind(entry.url) if entry.url else None)

@@ -13,6 +13,7 @@ import msgspec
 
 from kvstrata import plugins
 from kvstrata.config.codecs import parse_codec
+from kvstrata.config.nearest import nearest
 from kvstrata.config.secrets import mask
 from kvstrata.config.settings import Setting
 from kvstrata.errors import ConfigError
@@ -56,6 +57,8 @@ def _convert(setting: Setting, value: Any) -> Any:
             value = msgspec.json.decode(value)
     if setting.base is bool:
         return _boolean(value)
+    if setting.key == "gate" and str(value).lower() in _BOOLEANS:  # as it was written once
+        return "auto" if _boolean(value) else "always"
     strict = not as_text or setting.base is tuple
     converted = msgspec.convert(value, setting.annotation, strict=strict)
     if isinstance(converted, float) and not math.isfinite(converted):
@@ -87,6 +90,15 @@ def _remote_serde(value: str) -> str:
     except ValueError as error:
         raise _NotAllowedError(str(error)) from None
     return value.lower()
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value.lower() not in allowed:
+            raise _NotAllowedError(f"expected {', '.join(allowed)}{nearest(value, allowed)}")
+        return value.lower()
+
+    return check
 
 
 def _log_level(value: str) -> str:
@@ -180,6 +192,8 @@ def _remote_url(value: str) -> str:
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "cache_policy": _cache_policy,
     "remote_serde": _remote_serde,
+    "gate": _one_of("auto", "always", "never"),
+    "read_policy": _one_of("first", "fastest"),
     "log_level": _log_level,
     "server_url": _server_url,
     "local_disk": parse_directory,

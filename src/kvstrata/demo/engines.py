@@ -43,7 +43,7 @@ class CachedVLLM(VLLMServer):
             "kv_connector_extra_config": {
                 "max_local_cpu_size": L1_SIZE_GB,
                 # What is shown is what the tiers hold, also on a machine that computes faster than it loads.
-                "gate": False,
+                "gate": "always",
                 "http_port": self._http_port,
                 **settings,
             },

@@ -37,8 +37,10 @@ def check_shard(namespace: Namespace, shard: int) -> None:
         raise ProtocolError(f"shard {shard} of {namespace.world_size}")
 
 
-def check_prefix(namespace: Namespace, prefix: Prefix) -> None:
-    """Hashes and number of tokens agree."""
+def check_prefix(namespace: Namespace, prefix: Prefix, first_token: int = 0) -> None:
+    """Hashes and number of tokens agree, and the token to begin with is one of them."""
+    if not 0 <= first_token <= prefix.num_tokens:
+        raise ProtocolError(f"token {first_token} of {prefix.num_tokens}")
     if len(prefix.root) != HASH_BYTES or len(prefix.block_hashes) % HASH_BYTES:
         raise ProtocolError("hashes of a wrong length")
     if len(prefix.remainder_hash) not in {0, HASH_BYTES}:

@@ -43,6 +43,8 @@ class Lookup(Message, frozen=True):
     request_id: str
     namespace: bytes
     prefix: Prefix
+    first_token: int = 0
+    """What is before its chunk is not asked for."""
 
 
 class Release(Message, frozen=True):

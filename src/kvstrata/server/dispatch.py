@@ -111,9 +111,9 @@ class Dispatcher:
         if namespace is None:
             return self._unknown(request), ()
         match request:
-            case m.Lookup(request_id=request_id, prefix=prefix):
-                check_prefix(namespace, prefix)
-                return m.LookupReply(cache.lookup(owner, request_id, namespace, prefix)), ()
+            case m.Lookup(request_id=request_id, prefix=prefix, first_token=first_token):
+                check_prefix(namespace, prefix, first_token)
+                return m.LookupReply(cache.lookup(owner, request_id, namespace, prefix, first_token)), ()
             case m.Reserve(shard=shard, pieces=pieces):
                 check_shard(namespace, shard)
                 check_pieces(namespace, pieces)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvstrata.client.embedded import FAILURE_FILE
 from kvstrata.config import Settings
 from kvstrata.errors import KVStrataError
 from kvstrata.logs import configure_logging
@@ -35,6 +36,9 @@ def main(directory: Path, parent_pid: int) -> int:
         _serve(settings, directory, parent_pid)
     except KVStrataError as error:
         logger.error("the embedded server cannot start, there will be no cache: %s", error)
+        staged = directory / f"{FAILURE_FILE}.staged"
+        staged.write_text(str(error))
+        staged.replace(directory / FAILURE_FILE)
         return CANNOT_START
     return 0
 

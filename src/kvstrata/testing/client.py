@@ -477,7 +477,7 @@ class ClientContract:
     def faulty(self, tmp_path: Path) -> Settings:
         """Settings with a tier that is as slow as the test says; its plug-in is known where caches start."""
         tier = {"kind": "faulty", "path": str(tmp_path / "tier"), "faults_file": str(tmp_path / "faults")}
-        return small_settings(tiers=(tier,), gate=False)
+        return small_settings(tiers=(tier,), gate="always")
 
     def _fill_tier(self, start: Start, settings: Settings, stored: Prompt) -> None:
         with start(settings) as client:
@@ -526,7 +526,7 @@ class ClientContract:
     ) -> None:
         asked = prompt(325, seed=1)
         self._fill_tier(start, faulty, asked)
-        client = start(small_settings(tiers=faulty.tiers, gate=False, lookup_timeout_ms=150))
+        client = start(small_settings(tiers=faulty.tiers, gate="always", lookup_timeout_ms=150))
         beginning = Prompt(asked.tokens[: 2 * CHUNK_SIZE], asked.namespace)
         store(client, beginning)
         wait_until(lambda: client.stats()["tiers"][0]["queued_bytes"] == 0, "what is stored is written")

@@ -15,6 +15,7 @@ from kvstrata.cache.io import TierIO
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.codecs.open import Decoders
+from kvstrata.config import WritePolicy
 from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.metrics import Metrics
@@ -35,7 +36,9 @@ def open_core(
     decoders: Decoders | None = None,
     index: Callable[[SlotAllocator, EvictionPolicy], Index] = Index,
     policy: EvictionPolicy | None = None,
-    gate: bool = False,
+    gate: str = "always",
+    write_policies: Sequence[WritePolicy] = (),
+    read_fastest: bool = False,
     keep_in_l1: bool = True,
     lookup_timeout_seconds: float = 10.0,
     probe_seconds: float = 0.05,
@@ -54,6 +57,7 @@ def open_core(
             metrics,
             num_workers=num_workers,
             write_queue_bytes=pool_bytes,
+            write_policy=write_policies[number] if number < len(write_policies) else "all",
             breaker=Breaker(),
             probe_seconds=probe_seconds,
         )
@@ -65,8 +69,9 @@ def open_core(
         index(SlotAllocator(pool_bytes), policy or LRUPolicy()),
         opened,
         metrics,
-        gate=Gate(enabled=gate),
+        gate=Gate(gate),
         keep_in_l1=keep_in_l1,
+        read_fastest=read_fastest,
         lookup_timeout_seconds=lookup_timeout_seconds,
         clock=clock,
     )

@@ -95,12 +95,13 @@ class SchedulerSide:
         max_tokens = request.num_tokens - 1
         if tracked is None or not tracked.read or namespace is None or max_tokens <= num_local_tokens:
             return 0, False
-        lookup = tracked.begin_lookup()
+        self._drop_outdated(tracked, num_local_tokens)
+        lookup = tracked.begin_lookup(num_local_tokens // namespace.chunk_size * namespace.chunk_size)
         if lookup.hit is None:
             prefix = _hashed(tracked, lambda: tracked.hashes_in(namespace).prefix(request.num_tokens))
             if prefix is None:
                 return 0, False
-            hit = self._client.lookup(lookup.lease_id, namespace, prefix)
+            hit = self._client.lookup(lookup.lease_id, namespace, prefix, lookup.first_token)
             if hit.pending:
                 return None, False
             lookup.hit = hit
@@ -119,6 +120,13 @@ class SchedulerSide:
                 num_tokens,
             )
         return num_tokens, num_tokens > 0
+
+    def _drop_outdated(self, tracked: Tracked, num_local_tokens: int) -> None:
+        """End a look-up that left out tokens which vLLM has evicted meanwhile."""
+        lookup = tracked.lookup
+        if lookup is not None and lookup.first_token > num_local_tokens:
+            self._client.release(lookup.lease_id)
+            tracked.lookup = None
 
     def _worth_loading(self, num_tokens: int) -> int:
         return num_tokens if num_tokens >= max(1, self._settings.min_retrieve_tokens) else 0
@@ -139,7 +147,9 @@ class SchedulerSide:
         lookup, tracked.lookup = tracked.lookup, None
         if lookup.hit is not None:
             tracked.known_hashes = {piece.chunk_hash for piece in lookup.hit.pieces}
-            tracked.stored_tokens = lookup.hit.num_tokens // namespace.chunk_size * namespace.chunk_size
+            if lookup.hit.pieces and lookup.hit.pieces[0].first_token == 0:
+                # Otherwise nobody has looked whether what is before is held: it is offered.
+                tracked.stored_tokens = lookup.hit.num_tokens // namespace.chunk_size * namespace.chunk_size
             tracked.hit_tokens_by_tier = lookup.hit.tokens_by_tier
         if num_external_tokens == 0 or lookup.hit is None:
             self._client.release(lookup.lease_id)

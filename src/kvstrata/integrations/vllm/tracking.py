@@ -18,6 +18,8 @@ class Lookup:
     """One attempt to find the request's prefix; a preempted request makes another one."""
 
     lease_id: str
+    first_token: int
+    """Tokens before it were in vLLM's own cache when it began; nothing was loaded for them. A chunk boundary."""
     hit: Hit | None = None
     """None while the answer is pending."""
     num_local_tokens: int = 0
@@ -44,11 +46,11 @@ class Tracked:
     """Hashes of the pieces that its last hit consisted of: they need no storing."""
     hit_tokens_by_tier: Mapping[str, int] = field(default_factory=dict)
 
-    def begin_lookup(self) -> Lookup:
+    def begin_lookup(self, first_token: int) -> Lookup:
         """The attempt under way, or a new one under a lease id that was never used before."""
         if self.lookup is None:
             self.num_attempts += 1
-            self.lookup = Lookup(f"{self.request.request_id}#{self.num_attempts}")
+            self.lookup = Lookup(f"{self.request.request_id}#{self.num_attempts}", first_token)
         return self.lookup
 
     def hashes_in(self, namespace: Namespace) -> RequestHashes:
