@@ -63,6 +63,18 @@ def test_names() -> None:
         assert made.in_ci <= {fault.name for fault in made.faults}, name
 
 
+def test_the_docs_have_every_case() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    cases = {(name, fault.name) for name, made in BACKENDS.items() for fault in made.faults}
+    assert cases == {
+        (row[1].strip(), row[2].strip()) for row in map(_cells, text.splitlines()) if len(row) == 10
+    }
+
+
+def _cells(line: str) -> list[str]:
+    return line.split("|") if line.endswith(" ok |") else []
+
+
 @pytest.mark.parametrize(("name", "fault"), parameters())
 def test_fault(name: str, fault: Fault, tmp_path: Path) -> None:
     reason = BACKENDS[name].missing()
