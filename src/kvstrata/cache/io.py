@@ -8,7 +8,6 @@ Callbacks run on those threads, without any lock held.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
+from kvstrata.cache.workers import Workers, attempt
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders
 from kvstrata.config import WritePolicy
@@ -45,43 +45,6 @@ ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None]], None]
 Measured = Callable[[int, float], None]
 WriteDone = Callable[[bool, float], None]
 """Whether it is written, and how many seconds the tier took (0: nothing had to be written)."""
-
-
-class Workers:
-    """Daemon threads that run jobs from one queue, in order. A hung backend must not keep a process alive."""
-
-    def __init__(self, name: str, num_threads: int) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"kvstrata-{name}-{i}", daemon=True)
-            for i in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            _, error = _attempt(job)
-            if error is not None:
-                logger.error("a job of %s failed", threading.current_thread().name, exc_info=error)
-
-    def submit(self, job: Callable[[], None]) -> None:
-        self._jobs.put(job)
-
-    def close(self, timeout_seconds: float) -> None:
-        """Let queued jobs end, then the threads; give up on what hangs."""
-        self.end()
-        self.join(time.monotonic() + timeout_seconds)
-
-    def end(self) -> None:
-        """The same without waiting."""
-        for _ in self._threads:
-            self._jobs.put(None)
-
-    def join(self, deadline: float) -> None:
-        """Wait for the threads until ``deadline`` (monotonic); give up on what hangs."""
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Reading:
@@ -232,7 +195,7 @@ class TierIO:
             return result
         if not 0 <= result <= len(buffer):
             return Miss(MissReason.CORRUPT, f"{result} bytes in a buffer of {len(buffer)}")
-        miss, error = _attempt(lambda: accept_frame(transfer, buffer[:result], self._decoders))
+        miss, error = attempt(lambda: accept_frame(transfer, buffer[:result], self._decoders))
         if error is not None:
             logger.error("tier %s: a codec broke its contract", self.name, exc_info=error)
             return Miss(MissReason.CORRUPT, str(error))
@@ -303,7 +266,7 @@ class TierIO:
         if unless_held and self._call("contains", 0, lambda: self.tier.contains([transfer.key])) == [True]:
             return 0.0
         started = time.monotonic()
-        frame, error = _attempt(lambda: encode_frame(transfer, self.codec))
+        frame, error = attempt(lambda: encode_frame(transfer, self.codec))
         if frame is None:
             logger.error("tier %s: codec %s broke its contract", self.name, self.codec.name, exc_info=error)
             return None
@@ -374,7 +337,7 @@ class TierIO:
 
         def job() -> None:
             if not abandoned.is_set():
-                answer.append(_attempt(lambda: call(self.tier)))
+                answer.append(attempt(lambda: call(self.tier)))
             answered.set()
 
         abandoned = threading.Event()
@@ -399,7 +362,7 @@ class TierIO:
     def _call(self, operation: str, num_bytes: int, call: Callable[[], T]) -> T | None:
         """Run one operation of the tier; None when it failed, which is counted here and nowhere else."""
         started = time.monotonic()
-        result, error = _attempt(call)
+        result, error = attempt(call)
         if error is not None:
             self._failed(operation, error)
             return None
@@ -435,7 +398,7 @@ class TierIO:
     def _probe(self) -> None:
         """Ask in the background until the tier answers again. Requests never serve as probes."""
         while not self._closing.wait(self._probe_seconds):
-            _, error = _attempt(lambda: self.tier.contains([_PROBE_KEY]))
+            _, error = attempt(lambda: self.tier.contains([_PROBE_KEY]))
             if error is None:
                 self.breaker.succeeded()
                 self._said_full = False
@@ -473,7 +436,7 @@ class TierIO:
         return self._size
 
     def _take_size(self, answered: threading.Event) -> None:
-        self._size, _ = _attempt(self.tier.stats)
+        self._size, _ = attempt(self.tier.stats)
         with self._lock:
             self._asking_size = None
         answered.set()
@@ -489,13 +452,3 @@ class TierIO:
         for workers in (self._lookups, self._reads, self._writes):
             workers.join(deadline)
         self.tier.close()
-
-
-def _attempt(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """The border: whatever a backend raises ends here."""
-    try:
-        return call(), None
-    except TierError as error:
-        return None, error
-    except Exception as error:  # noqa: BLE001  tiers are plug-ins; their bugs must not end a thread or reach a request
-        return None, error

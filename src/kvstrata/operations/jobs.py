@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvstrata.cache.io import Workers
+from kvstrata.cache.workers import Workers
 from kvstrata.errors import BusyError, ConflictError, KVStrataError, NotFoundError
 from kvstrata.operations.report import Report
 
