@@ -157,7 +157,7 @@ def test_seeds_that_are_gone_are_passed_over(cluster: RedisCluster) -> None:
         login, _, hosts = url.rpartition("@")
         swapped = f"{login}@" + ",".join(reversed([*hosts.split(","), "127.0.0.1:1"]))
         flush(cluster)
-        with contextlib.closing(open_tier(swapped, connect_timeout_seconds=5.0)) as tier:
+        with contextlib.closing(open_tier(swapped, connect_timeout_seconds=2.0)) as tier:
             assert tier.contains(make_keys(5)) == [False] * 5
         deaf.resume()
 
@@ -230,7 +230,7 @@ def test_slots_move_under_load_and_nothing_is_lost(cluster: RedisCluster, tier: 
     assert len(seen) < 50, "nearly all are found while their slots move"
 
 
-@pytest.mark.parametrize("how", ["killed", "suspended"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("suspended", marks=pytest.mark.slow)])
 def test_a_lost_node_loses_its_slots_only(how: str) -> None:
     keys = make_keys(60)
     frames = [make_frame(1000, at) for at in range(60)]

@@ -142,7 +142,14 @@ def test_sentinels_that_are_gone_or_hang_are_passed_over(group: RedisSentinel) -
         tier.contains(keys)
 
 
-@pytest.mark.parametrize("how", ["ordered", "killed", "suspended"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "killed",
+        pytest.param("ordered", marks=pytest.mark.slow),
+        pytest.param("suspended", marks=pytest.mark.slow),
+    ],
+)
 def test_a_failover_under_load_loses_nothing_but_misses(how: str) -> None:
     keys = make_keys(6)
     frames = [make_frame(50_000, at) for at in range(6)]
