@@ -5,6 +5,7 @@ redis-py is not used: it cannot read a value into the caller's memory.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -117,10 +118,15 @@ class RedisTier(Tier):
             held = [at for at, result in enumerate(results) if isinstance(result, int)]
             refreshed = [name for at in held for name in (names[at], self._metadata_name(keys[at]))]
             refreshed += [name for at in held if at in manifests for name in manifests[at].names(names[at])]
-            if refreshed:
-                seconds = b"%d" % self.options.ttl_seconds
-                exchange(self._topology, Count(b"EXPIRE", refreshed, (seconds,)))
+            self._refresh(refreshed, self.options.ttl_seconds)
         return results
+
+    def _refresh(self, names: Sequence[bytes], ttl_seconds: int) -> None:
+        """Start the time of ``names`` anew. What has been read is a hit whether or not that succeeds: a replica may
+        have answered while there is no master."""
+        if names:
+            with contextlib.suppress(TierUnavailable):
+                exchange(self._topology, Count(b"EXPIRE", names, (b"%d" % ttl_seconds,)))
 
     def write(self, keys: Sequence[str], frames: Sequence[memoryview]) -> None:
         """See :class:`Tier`. Parts of what is split are written before the manifest that names them.
