@@ -6,14 +6,17 @@ the other on one connection, from and to memory that is reused.
 
 from __future__ import annotations
 
+import http
+import http.client
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -48,7 +51,7 @@ class RawTransport(Protocol):
 def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int = 5) -> RawRates:
     """Write and read ``num_frames`` frames of ``frame_bytes`` per round, after one round of warm-up.
 
-    ``url``: any of the Redis family (a frame goes to the server that has its name), ``file://`` for a directory, or
+    ``url``: any of the Redis family (a frame goes to the server that has its name), ``s3://``, ``file://`` for a directory, or
     ``lm://`` for a bare server on a TCP port of this host (that in the URL is not used: it is what is compared).
     What was written is removed.
 
@@ -77,6 +80,8 @@ def open_raw(url: str) -> RawTransport:
         return RawRedis(url)
     if parts.scheme == "lm":
         return RawSocket()
+    if parts.scheme == "s3":
+        return RawS3(url)
     raise ValueError(f"no raw loop for {parts.scheme}://")
 
 
@@ -177,6 +182,61 @@ class RawSocket:
     def close(self, num_frames: int) -> None:  # noqa: ARG002 - the frames go with the process
         self._sock.close()
         self._process.wait()
+
+
+class RawS3:
+    """PUT and GET over one HTTP connection, to addresses that were signed before: no hashing, no client library."""
+
+    def __init__(self, url: str) -> None:
+        import obstore  # noqa: PLC0415 - the extra s3
+
+        from kvstrata.tiers.s3.location import parse_url  # noqa: PLC0415
+        from kvstrata.tiers.s3.tier import S3Options, open_store  # noqa: PLC0415
+
+        self._obstore = obstore
+        self._location = parse_url(url)
+        self._store = open_store(self._location, S3Options(url=url))
+        self._addresses: dict[tuple[str, int], str] = {}
+        self._connection: http.client.HTTPConnection | None = None
+
+    def _name(self, number: int) -> str:
+        return f"{self._location.prefix}/raw{number}".lstrip("/")
+
+    def _ask(
+        self, method: Literal["PUT", "GET"], number: int, body: memoryview | None
+    ) -> http.client.HTTPResponse:
+        address = self._addresses.get((method, number))
+        if address is None:
+            address = self._obstore.sign(self._store, method, self._name(number), timedelta(hours=1))
+            self._addresses[method, number] = address
+        parts = urlsplit(address)
+        if self._connection is None:
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            self._connection = kind(parts.netloc, timeout=30)
+        length = {} if body is None else {"Content-Length": str(len(body))}
+        self._connection.request(method, f"{parts.path}?{parts.query}", body, length)
+        response = self._connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            raise OSError(f"the server answered {response.status} to a request of the raw loop")
+        return response
+
+    def write(self, number: int, frame: memoryview) -> None:
+        self._ask("PUT", number, frame).read()
+
+    def read(self, number: int, frame: memoryview) -> None:
+        response = self._ask("GET", number, None)
+        done = 0
+        while done < len(frame):
+            count = response.readinto(frame[done:])
+            if count == 0:
+                raise ConnectionResetError("the server closed the connection")
+            done += count
+        response.read()
+
+    def close(self, num_frames: int) -> None:
+        self._obstore.delete(self._store, [self._name(number) for number in range(num_frames)])
+        if self._connection is not None:
+            self._connection.close()
 
 
 class RawFiles:
