@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from kvstrata.errors import TierFull, TierUnavailable
 
+_libc = ctypes.CDLL(None, use_errno=True)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a full device or quota says."""
 
@@ -49,6 +51,18 @@ def read_into(fd: int, buffer: memoryview, expected: int | None) -> int:
             break
         count += more
     return count
+
+
+def allocate(fd: int, size: int) -> None:
+    """Allocate the blocks of a new file before it is written, where the file system can do that by itself.
+
+    Replacing a file is several times faster so on ext4, as a rename forces out what is not allocated yet. Not by
+    ``posix_fallocate``: where the file system cannot, as on NFS 3, that writes every block once more.
+    """
+    if size > 0 and _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
+            raise OSError(number, os.strerror(number))
 
 
 def rename_into(path: str, target: str) -> None:

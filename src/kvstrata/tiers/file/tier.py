@@ -25,7 +25,7 @@ from kvstrata.tiers.base import Tier, TierOptions
 from kvstrata.tiers.file.cleaner import Cleaner
 from kvstrata.tiers.file.clock import ServerClock
 from kvstrata.tiers.file.state import STATE
-from kvstrata.tiers.files import entries_of, read_into, translated
+from kvstrata.tiers.files import allocate, entries_of, read_into, translated
 from kvstrata.tiers.paths import SUFFIX, key_path, may_hold, path_key
 from kvstrata.types import Miss, MissReason, TierStats
 
@@ -188,6 +188,7 @@ class FileTier(Tier):
             fd = os.open(staged, flags, 0o600)
         try:
             try:
+                allocate(fd, len(frame))
                 done = 0
                 while done < len(frame):
                     done += os.write(fd, frame[done:])
