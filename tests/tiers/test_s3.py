@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvstrata.bench import tier as bench
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
 from kvstrata.testing.proxy import Flow, Link, Proxy
 from kvstrata.testing.s3_server import BUCKET, ENVIRONMENT, SECRET_KEY, S3Server
@@ -262,3 +263,9 @@ def test_the_first_operation_says_what_it_found(
 def test_options_that_cannot_be_used(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         open_tier("s3://bucket", **options)
+
+
+def test_the_benchmark_compares_with_a_raw_loop_and_leaves_nothing(s3_server: S3Server, url: str) -> None:
+    report = bench.run(bench.TierBenchConfig(url=url, frame_bytes=50_000, num_frames=2, runs=1))
+    assert set(report.ratios) == {"read_over_raw", "write_over_raw"}
+    assert list(s3_server.store().list(prefix=url.partition("?")[0].removeprefix(f"s3://{BUCKET}/"))) == []
