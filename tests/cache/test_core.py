@@ -262,6 +262,21 @@ def test_a_hanging_tier_costs_one_deadline_and_is_probed() -> None:
         wait_until(lambda: get(cache, asked).num_tokens == 200, "and read from")
 
 
+def test_while_all_tiers_are_down_a_look_up_is_answered_at_once() -> None:
+    tiers = [GatedTier(), GatedTier()]
+    held, absent = prompt(200, seed=1), prompt(200, seed=2)
+    with open_core(tiers, pool_bytes=POOL_BYTES, probe_seconds=60) as cache:
+        put(cache, held)
+        for tier in cache.tiers:
+            tier.stalled()
+        space = cache.intern(absent.namespace)
+        hit = cache.lookup("owner", "first", space, absent.prefix)
+        assert (hit.pending, hit.num_tokens, hit.miss_reason) == (False, 0, MissReason.TIER_DOWN)
+        assert cache.lookup("owner", "second", space, held.prefix).num_tokens == 200
+        cache.tiers[1].breaker.succeeded()
+        assert cache.lookup("owner", "third", space, absent.prefix).pending
+
+
 def test_what_comes_late_does_not_close_the_breaker() -> None:
     tier = GatedTier()
     asked = prompt(200, seed=1)

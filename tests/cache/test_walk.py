@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.cache.index import Index, State
-from kvstrata.cache.walk import best_cover, missing_candidates, position_candidates, walk
+from kvstrata.cache.walk import Candidates, best_cover, first_missing, position_candidates, walk
 from kvstrata.hashing import PrefixHasher, root_hash
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.lru import LRUPolicy
@@ -32,8 +32,13 @@ def make_prefix(namespace: Namespace, num_tokens: int, seed: int = 0) -> Prefix:
 
 
 def every_piece(namespace: Namespace, prefix: Prefix) -> list[Piece]:
-    """All pieces that can be stored of a prefix."""
-    return missing_candidates(namespace, prefix, 0)
+    """All pieces that can be stored of a prefix, in the order of their beginnings, longest first."""
+    starts = range(0, prefix.num_blocks, namespace.blocks_per_chunk)
+    pieces = [piece for start in starts for piece, _ in position_candidates(namespace, prefix, start)]
+    if prefix.remainder_hash:
+        parent, first_token = prefix.block_hash(prefix.num_blocks - 1), prefix.num_blocks * BLOCK_SIZE
+        pieces.append(Piece(prefix.remainder_hash, parent, first_token, prefix.num_tokens - first_token))
+    return pieces
 
 
 def make_index() -> Index:
@@ -109,10 +114,11 @@ def test_a_cover_and_the_next_walk_reach_as_far_as_any_chain(
             for shard in range(namespace.world_size):
                 insert(index, namespace, piece, shard)
     reached = walk(index, namespace, prefix, wait=False)
-    candidates = {piece.chunk_hash for piece in missing_candidates(namespace, prefix, reached.next_block)}
-    cover = best_cover(namespace, prefix, reached.next_block, (first | second) & candidates)
+    candidates = Candidates(namespace, prefix, reached.next_block)
+    held = first | second
+    cover = best_cover(namespace, prefix, reached.next_block, lambda piece: piece.chunk_hash in held)
     for piece in cover:
-        assert piece.chunk_hash in candidates
+        assert candidates.position(piece) is not None
         for shard in range(namespace.world_size):
             insert(index, namespace, piece, shard)
     after = walk(index, namespace, prefix, wait=False)
@@ -128,13 +134,20 @@ def test_what_is_missing_is_asked_for_once_and_in_order(
     starts = [piece.first_token for piece in pieces]
     assert starts == sorted(starts)
     first_block = rng.randint(0, prefix.num_blocks)
-    later = missing_candidates(namespace, prefix, first_block)
-    assert later == [
-        piece
-        for piece in pieces
-        if piece.first_token + piece.num_tokens > first_block * BLOCK_SIZE
-        and piece.first_token >= first_block // namespace.blocks_per_chunk * namespace.chunk_size
-    ]
+    candidates = Candidates(namespace, prefix, first_block)
+    keys, shards = candidates.keys(), range(namespace.world_size)
+    positions = set()
+    for piece in pieces:
+        position = candidates.position(piece)
+        assert (position is None) == (piece.first_token + piece.num_tokens <= first_block * BLOCK_SIZE)
+        if position is not None:
+            positions.add(position)
+            expected = [namespace.key(piece.chunk_hash, shard) for shard in shards]
+            assert keys[position * len(shards) : (position + 1) * len(shards)] == expected
+    assert positions == set(range(len(candidates)))
+    assert len(keys) == len(candidates) * len(shards)
+    missing = [piece for piece in pieces if candidates.position(piece) is not None]
+    assert first_missing(namespace, prefix, first_block) == (missing[0] if missing else None)
 
 
 def test_what_is_being_read_stops_a_walk_that_waits() -> None:

@@ -122,7 +122,9 @@ class Cache:
         if expired:
             return self._expire(lookup, reached)
         if not lookup.probed and not reached.loading and self._prefetch.is_possible:
-            return PENDING, self._prefetch.begin(lookup, reached)
+            jobs = self._prefetch.begin(lookup, reached)
+            if jobs:
+                return PENDING, jobs
         if reached.loading or lookup.waiting_for:
             for entry in itertools.chain(*reached.entries, reached.loading):
                 lookup.lease(entry)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvstrata.cache.gate import Decision
 from kvstrata.cache.index import Entry
-from kvstrata.types import Hit, MissReason, Namespace, Piece, Prefix
+from kvstrata.cache.walk import Candidates
+from kvstrata.types import Hit, MissReason, Namespace, Prefix
 
 
 class Lookup:
@@ -47,7 +48,7 @@ class Lookup:
         """Whether the lower tiers were asked."""
         self.order: list[int] = []
         """The tiers, the one to read from first in front."""
-        self.candidates: list[Piece] = []
+        self.candidates = Candidates(namespace, prefix, 0)
         """What they were asked for."""
         self.waiting_for: set[int] = set()
         """Tiers that have not answered yet."""

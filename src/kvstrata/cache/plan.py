@@ -36,12 +36,17 @@ class Read(msgspec.Struct, frozen=True, eq=False):
 def plan_pieces(index: Index, lookup: Lookup) -> list[PlannedPiece]:
     """The pieces that continue the walk along the lookup's prefix, taking L1 and the tiers together."""
     planned: dict[bytes, PlannedPiece] = {}
-    for position, piece in enumerate(lookup.candidates):
-        reads = _reads(index, lookup, position, piece)
-        if reads is not None:
-            planned[piece.chunk_hash] = PlannedPiece(piece, reads, position)
+
+    def is_held(piece: Piece) -> bool:
+        position = lookup.candidates.position(piece)
+        reads = None if position is None else _reads(index, lookup, position, piece)
+        if position is None or reads is None:
+            return False
+        planned[piece.chunk_hash] = PlannedPiece(piece, reads, position)
+        return True
+
     reached = walk(index, lookup.namespace, lookup.prefix, lookup.first_token, wait=False)
-    cover = best_cover(lookup.namespace, lookup.prefix, reached.next_block, planned.keys())
+    cover = best_cover(lookup.namespace, lookup.prefix, reached.next_block, is_held)
     return [planned[piece.chunk_hash] for piece in cover]
 
 

@@ -14,7 +14,7 @@ from kvstrata.cache.io import TierIO
 from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.plan import hold, is_complete, plan_pieces, worth_loading
-from kvstrata.cache.walk import Walk, missing_candidates
+from kvstrata.cache.walk import Candidates, Walk
 from kvstrata.metrics import Metrics
 from kvstrata.types import Miss, MissReason
 
@@ -58,20 +58,21 @@ class Prefetch:
             lookup.be_patient(seconds, lookup.started_at)
 
     def begin(self, lookup: Lookup, reached: Walk) -> list[Job]:
-        """Ask all tiers at once what they hold beyond ``reached``."""
+        """Ask all tiers at once what they hold beyond ``reached``; nothing to do when none can be asked."""
         lookup.probed = True
+        namespace = lookup.namespace
+        up = [i for i, tier in enumerate(self._tiers) if not tier.breaker.is_open]
+        if len(up) < len(self._tiers):
+            lookup.reason = MissReason.TIER_DOWN
+        asked = [i for i in up if not self._clears.is_running(i, namespace)]
+        if not asked:
+            return []
         for shards in reached.entries:
             for entry in shards:
                 lookup.lease(entry)
-        namespace = lookup.namespace
-        lookup.candidates = missing_candidates(namespace, lookup.prefix, reached.next_block)
+        lookup.candidates = Candidates(namespace, lookup.prefix, reached.next_block)
         lookup.order = self._order(lookup, reached)
-        keys = [
-            namespace.key(piece.chunk_hash, shard)
-            for piece in lookup.candidates
-            for shard in range(namespace.world_size)
-        ]
-        asked = [i for i in range(len(self._tiers)) if not self._clears.is_running(i, namespace)]
+        keys = lookup.candidates.keys()
         lookup.waiting_for = set(asked)
         expires_at = time.monotonic() + lookup.deadline - self._clock()
         return [

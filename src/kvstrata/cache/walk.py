@@ -6,12 +6,12 @@ for the last, partly filled block its exact remainder. A piece counts when all i
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from kvstrata.cache.index import Entry, Index, State
-from kvstrata.types import Namespace, Piece, Prefix
+from kvstrata.types import HASH_BYTES, Namespace, Piece, Prefix
 
 
 class Walk(msgspec.Struct):
@@ -134,28 +134,53 @@ def fits(entry: Entry, piece: Piece, namespace: Namespace) -> bool:
     )
 
 
-def missing_candidates(namespace: Namespace, prefix: Prefix, first_block: int) -> list[Piece]:
-    """What lower tiers could add to a walk that ended at ``first_block``, in the order of the sequence."""
-    return list(_missing(namespace, prefix, first_block))
+class Candidates:
+    """What lower tiers could add to a walk that ended at a block: for each block after it the full chunk or tail
+    that ends there, then the remainder.
+
+    Pieces are made on demand: a prompt of 32,000 tokens has 2,000, which take 3 ms, and few of them matter.
+    """
+
+    __slots__ = ("_first_block", "_namespace", "_prefix")
+
+    def __init__(self, namespace: Namespace, prefix: Prefix, first_block: int) -> None:
+        self._namespace = namespace
+        self._prefix = prefix
+        self._first_block = first_block
+
+    def __len__(self) -> int:
+        return self._prefix.num_blocks - self._first_block + bool(self._prefix.remainder_hash)
+
+    def keys(self) -> list[str]:
+        """The keys of their shards: those of the first candidate, of the second, and so on."""
+        heads = [f"{self._namespace.key_prefix}{shard}@" for shard in range(self._namespace.world_size)]
+        rest = self._prefix.block_hashes[self._first_block * HASH_BYTES :] + self._prefix.remainder_hash
+        digits = rest.hex()
+        step = 2 * HASH_BYTES
+        return [head + digits[at : at + step] for at in range(0, len(digits), step) for head in heads]
+
+    def position(self, piece: Piece) -> int | None:
+        """Where ``piece`` of the same prefix is among them; None when it ends before the first of them."""
+        if piece.chunk_hash == self._prefix.remainder_hash:
+            return len(self) - 1
+        end = (piece.first_token + piece.num_tokens) // self._namespace.layout.block_size
+        return end - 1 - self._first_block if end > self._first_block else None
 
 
 def first_missing(namespace: Namespace, prefix: Prefix, first_block: int) -> Piece | None:
-    """The first of them, without making the others: a prompt of 32,000 tokens has 2,000, which take 3 ms."""
-    return next(_missing(namespace, prefix, first_block), None)
-
-
-def _missing(namespace: Namespace, prefix: Prefix, first_block: int) -> Iterator[Piece]:
+    """The longest piece that could continue a walk that ended at ``first_block``."""
     per_chunk = namespace.blocks_per_chunk
-    for start in range(first_block // per_chunk * per_chunk, prefix.num_blocks, per_chunk):
-        for piece, end in position_candidates(namespace, prefix, start):
-            if end > first_block:
-                yield piece
-    if prefix.remainder_hash:
-        yield _remainder(namespace, prefix)
+    start = first_block // per_chunk * per_chunk
+    for piece, end in position_candidates(namespace, prefix, start):
+        if end > first_block:
+            return piece
+    return _remainder(namespace, prefix) if prefix.remainder_hash else None
 
 
-def best_cover(namespace: Namespace, prefix: Prefix, first_block: int, held: Container[bytes]) -> list[Piece]:
-    """The pieces that extend a walk that ended at ``first_block``, given the chunk hashes in ``held``.
+def best_cover(
+    namespace: Namespace, prefix: Prefix, first_block: int, is_held: Callable[[Piece], bool]
+) -> list[Piece]:
+    """The pieces that extend a walk that ended at ``first_block``, of those that are held.
 
     Follows the same order as :func:`walk`, so that the next walk takes what is now read.
     """
@@ -165,13 +190,15 @@ def best_cover(namespace: Namespace, prefix: Prefix, first_block: int, held: Con
     start = first_block // per_chunk * per_chunk
     while start < prefix.num_blocks:
         for piece, end in position_candidates(namespace, prefix, start):
-            if end > block and piece.chunk_hash in held:
+            if end > block and is_held(piece):
                 pieces.append(piece)
                 block = end
                 break
         start += per_chunk
         if block != start:
             break
-    if block == prefix.num_blocks and prefix.remainder_hash in held:
-        pieces.append(_remainder(namespace, prefix))
+    if block == prefix.num_blocks and prefix.remainder_hash:
+        remainder = _remainder(namespace, prefix)
+        if is_held(remainder):
+            pieces.append(remainder)
     return pieces
