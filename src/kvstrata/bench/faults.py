@@ -1,8 +1,8 @@
 """``faults``: what a far L2 costs a look-up, and what one that does not answer costs.
 
-A core in this process, with a Redis or Valkey of its own as L2 behind the TCP proxy of the test kit
-(:mod:`kvstrata.testing.proxy`), which adds the latency and then turns into a black hole. Payloads are tiny, as only
-round trips and deadlines matter here.
+Cores in this process with a Redis or Valkey of their own as L2: behind the TCP proxy of the test kit
+(:mod:`kvstrata.testing.proxy`), which adds the latency, and one that is stopped (SIGSTOP), so that it accepts
+connections and never answers. Payloads are tiny, as only round trips and deadlines matter here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -20,7 +19,7 @@ from kvstrata.bench.report import Report, Target, environment, median
 from kvstrata.client import LocalClient
 from kvstrata.config import Settings
 from kvstrata.hashing import PrefixHasher, full_chunks, root_hash
-from kvstrata.testing.proxy import BLACK_HOLE, Link, Proxy, slow_link
+from kvstrata.testing.proxy import far_away
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.types import Hit, KVLayout, Namespace, Prefix
 
@@ -64,22 +63,23 @@ def run(config: FaultsConfig, progress: Callable[[str], None] = lambda _: None) 
     machine = environment()
     samples = Samples()
     prompts = _prompts(config.chunks)
-    with _cores(config) as (client, without, proxy):
-        proxy.link = slow_link(config.round_trip_ms / 1000)
+    with RedisServer(["maxmemory 256mb", "maxmemory-policy allkeys-lru"]) as server:
         progress("a far L2")
-        _measure_far(client, config, prompts, samples)
-        proxy.link = Link()
-        progress("an L2 that does not answer")
-        for _ in range(3):
-            _measure_stall(client, proxy, prompts, samples)
-        progress("its breaker open, next to no L2")
-        proxy.link = BLACK_HOLE
-        _open_breaker(client, prompts)
-        for number in range(20 * config.runs):
-            prompt = next(prompts)
-            pair = [(client, samples.breaker_open), (without, samples.no_l2)]
-            for one, into in pair if number % 2 else reversed(pair):
-                into.append(_timed(one, prompt)[1])
+        with far_away(server.port, config.round_trip_ms / 1000) as port, _core(config, port) as client:
+            _measure_far(client, config, prompts, samples)
+        with _core(config, server.port) as client, _core(config) as without:
+            progress("an L2 that does not answer")
+            for _ in range(3):
+                _measure_stall(client, server, prompts, samples)
+            progress("its breaker open, next to no L2")
+            server.suspend()
+            _open_breaker(client, prompts)
+            for number in range(20 * config.runs):
+                prompt = next(prompts)
+                pair = [(client, samples.breaker_open), (without, samples.no_l2)]
+                for one, into in pair if number % 2 else reversed(pair):
+                    into.append(_timed(one, prompt)[1])
+            server.resume()
     return _report(config, machine, samples)
 
 
@@ -113,23 +113,19 @@ def _report(config: FaultsConfig, machine: Any, samples: Samples) -> Report:
     )
 
 
-@contextmanager
-def _cores(config: FaultsConfig) -> Iterator[tuple[LocalClient, LocalClient, Proxy]]:
-    """A core with an L2, one without, and the proxy in front of the L2."""
-    with RedisServer(["maxmemory 256mb", "maxmemory-policy allkeys-lru"]) as server:
-        proxy = Proxy(("127.0.0.1", server.port))
-        settings = Settings(
-            max_local_cpu_size=_POOL_GIB, gate="always", lookup_timeout_ms=config.lookup_timeout_ms
-        )
-        far = msgspec.structs.replace(
-            settings,
-            remote_url=f"redis://127.0.0.1:{proxy.port}",
-            # As far as it can be: only the deadline of the look-up itself may end it.
-            blocking_timeout_secs=4 * config.lookup_timeout_ms / 1000,
-            breaker_reset_seconds=0.2,
-        )
-        with proxy, LocalClient(far) as client, LocalClient(settings) as without:
-            yield client, without, proxy
+def _core(config: FaultsConfig, l2_port: int | None = None) -> LocalClient:
+    """A core, with an L2 or without."""
+    settings = Settings(
+        max_local_cpu_size=_POOL_GIB,
+        gate="always",
+        lookup_timeout_ms=config.lookup_timeout_ms,
+        # Only the deadline of the look-up itself is to end it.
+        blocking_timeout_secs=4 * config.lookup_timeout_ms / 1000,
+        breaker_reset_seconds=0.2,
+    )
+    if l2_port is not None:
+        settings = msgspec.structs.replace(settings, remote_url=f"redis://127.0.0.1:{l2_port}")
+    return LocalClient(settings)
 
 
 Prompt = tuple[Prefix, list[Any]]
@@ -176,11 +172,14 @@ def _store(client: LocalClient, prompt: Prompt) -> None:
     _wait_until(lambda: client.cache.flush(0.1), "what was stored is written to L2")
 
 
-def _measure_stall(client: LocalClient, proxy: Proxy, prompts: Iterator[Prompt], samples: Samples) -> None:
+def _measure_stall(
+    client: LocalClient, server: RedisServer, prompts: Iterator[Prompt], samples: Samples
+) -> None:
     """The one look-up that meets an L2 which has just stopped to answer; then it answers again."""
-    proxy.link = BLACK_HOLE
+    _timed(client, next(prompts))
+    server.suspend()
     samples.stalled.append(_timed(client, next(prompts))[1])
-    proxy.link = Link()
+    server.resume()
     _wait_until(lambda: not client.cache.tiers[0].breaker.is_open, "L2 is used again")
 
 

@@ -17,6 +17,8 @@ import contextlib
 import select
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,8 @@ from types import TracebackType
 from typing import Self
 
 import msgspec
+
+from kvstrata.testing.guard import die_with_parent
 
 _PIECE_BYTES = 256 << 10
 """Received at once."""
@@ -388,5 +392,30 @@ def measure(num_bytes: int = 1 << 30) -> float:
         return num_bytes / (time.perf_counter() - started)
 
 
+@contextlib.contextmanager
+def far_away(port: int, round_trip_seconds: float) -> Iterator[int]:
+    """The port of a proxy with that latency in front of ``port``, in a process of its own.
+
+    For measurements: a proxy in the process that is measured would take turns with it.
+    """
+    command = [sys.executable, "-m", __name__, str(port), str(round_trip_seconds)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            assert process.stdout is not None
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def _serve(port: int, round_trip_seconds: float) -> None:
+    die_with_parent()
+    with Proxy(("127.0.0.1", port), slow_link(round_trip_seconds)) as proxy:
+        print(proxy.port, flush=True)  # noqa: T201
+        sys.stdin.read()
+
+
 if __name__ == "__main__":
-    print(f"{measure() / 1e6:,.0f} MB/s")  # noqa: T201
+    if len(sys.argv) > 1:
+        _serve(int(sys.argv[1]), float(sys.argv[2]))
+    else:
+        print(f"{measure() / 1e6:,.0f} MB/s")  # noqa: T201
