@@ -146,6 +146,9 @@ def test_what_is_missing_is_asked_for_once_and_in_order(
             assert keys[position * len(shards) : (position + 1) * len(shards)] == expected
     assert positions == set(range(len(candidates)))
     assert len(keys) == len(candidates) * len(shards)
+    assert {piece.chunk_hash for piece in pieces if candidates.position(piece) is not None} == set(
+        candidates.hashes()
+    )
     missing = [piece for piece in pieces if candidates.position(piece) is not None]
     assert first_missing(namespace, prefix, first_block) == (missing[0] if missing else None)
 

@@ -151,13 +151,20 @@ class Candidates:
     def __len__(self) -> int:
         return self._prefix.num_blocks - self._first_block + bool(self._prefix.remainder_hash)
 
+    def hashes(self) -> list[bytes]:
+        """Their chunk hashes."""
+        rest = self._hashes()
+        return [rest[at : at + HASH_BYTES] for at in range(0, len(rest), HASH_BYTES)]
+
     def keys(self) -> list[str]:
         """The keys of their shards: those of the first candidate, of the second, and so on."""
         heads = [f"{self._namespace.key_prefix}{shard}@" for shard in range(self._namespace.world_size)]
-        rest = self._prefix.block_hashes[self._first_block * HASH_BYTES :] + self._prefix.remainder_hash
-        digits = rest.hex()
+        digits = self._hashes().hex()
         step = 2 * HASH_BYTES
         return [head + digits[at : at + step] for at in range(0, len(digits), step) for head in heads]
+
+    def _hashes(self) -> bytes:
+        return self._prefix.block_hashes[self._first_block * HASH_BYTES :] + self._prefix.remainder_hash
 
     def position(self, piece: Piece) -> int | None:
         """Where ``piece`` of the same prefix is among them; None when it ends before the first of them."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kvstrata.cache.cache import Cache
 from kvstrata.cache.index import Entry
-from kvstrata.cache.walk import best_cover, missing_candidates, walk
+from kvstrata.cache.walk import Candidates, best_cover, walk
 from kvstrata.errors import NotFoundError
 from kvstrata.hashing import PrefixHasher, root_hash
 from kvstrata.metrics import L1
@@ -122,7 +122,7 @@ class Prompts:
             used[source] = used.get(source, 0) + piece.num_tokens
         tiers = [TierCoverage(L1, True, from_l1, from_l1)]
         for tier in self._cache.tiers:
-            alone = best_cover(namespace, prefix, 0, held.complete.get(tier.name, set()))
+            alone = _cover(namespace, prefix, 0, held.complete.get(tier.name, set()))
             leading = sum(piece.num_tokens for piece in alone)
             tiers.append(TierCoverage(tier.name, tier.name in held.keys, leading, used.get(tier.name, 0)))
         num_held = from_l1 + sum(used.values())
@@ -132,19 +132,20 @@ class Prompts:
         """Where the pieces of a prompt are, each tier asked once."""
         with self._cache.guarded() as index:
             reached = walk(index, namespace, prefix, wait=False)
-        candidates = missing_candidates(namespace, prefix, 0)
+        candidates = Candidates(namespace, prefix, 0)
+        all_keys, shards = candidates.keys(), namespace.world_size
         keys = {
-            piece.chunk_hash: [namespace.key(piece.chunk_hash, s) for s in range(namespace.world_size)]
-            for piece in candidates
+            chunk_hash: all_keys[at * shards : (at + 1) * shards]
+            for at, chunk_hash in enumerate(candidates.hashes())
         }
-        answers = self._ask([key for shards in keys.values() for key in shards])
+        answers = self._ask(all_keys)
         complete = {
-            tier: {chunk_hash for chunk_hash, shards in keys.items() if all(held[key] for key in shards)}
+            tier: {chunk_hash for chunk_hash, own in keys.items() if all(held[key] for key in own)}
             for tier, held in answers.items()
         }
         cover = []
         if not reached.complete:
-            cover = best_cover(namespace, prefix, reached.next_block, set().union(*complete.values()))
+            cover = _cover(namespace, prefix, reached.next_block, set().union(*complete.values()))
         return Held(reached.pieces, reached.entries, cover, answers, complete)
 
     def _ask(self, keys: Sequence[str]) -> dict[str, dict[str, bool]]:
@@ -156,6 +157,10 @@ class Prompts:
         for question in asked:
             question.answered.wait(max(0.0, expires_at - time.monotonic()))
         return {q.tier: dict(zip(keys, q.held, strict=True)) for q in asked if q.held is not None}
+
+
+def _cover(namespace: Namespace, prefix: Prefix, first_block: int, held: set[bytes]) -> list[Piece]:
+    return best_cover(namespace, prefix, first_block, lambda piece: piece.chunk_hash in held)
 
 
 class _Question:
