@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import zlib
@@ -312,6 +313,94 @@ def test_statistics_do_not_wait_for_a_hanging_tier() -> None:
         finally:
             tier.open.set()
             thread.join()
+
+
+def test_closing_gives_up_on_tiers_that_hang() -> None:
+    """All together: it does not wait for each stage of each tier in turn."""
+    tiers = [HungTier() for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        cache = stack.enter_context(open_core(tiers, pool_bytes=POOL_BYTES))
+        for tier in tiers:
+            stack.callback(tier.open.set)
+        asked = prompt(200, seed=1)
+        namespace = cache.intern(asked.namespace)
+        store(cache, "o", namespace, 0, asked.pieces, payload_of)
+        cache.lookup("o", "r", namespace, prompt(300, seed=2).prefix)
+        closing = threading.Thread(target=cache.close, args=(0.5,))
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()
+
+
+class HungTier(DictTier):
+    """Answers nothing until it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        self.open.wait(60)
+        return super().contains(keys)
+
+    def write(self, keys: Sequence[str], frames: Sequence[memoryview]) -> None:
+        self.open.wait(60)
+        super().write(keys, frames)
+
+
+# What the engine has already is not read
+
+
+def test_nothing_is_read_for_tokens_that_the_engine_has() -> None:
+    tier = FaultyTier(DictTier())
+    asked = prompt(6 * CHUNK_SIZE + 20, seed=1)
+    with open_core([tier], pool_bytes=POOL_BYTES) as cache:
+        put(cache, asked)
+        cache.clear(tiers=False)
+        namespace = cache.intern(asked.namespace)
+
+        def ask(request_id: str, first_token: int) -> Hit:
+            while (hit := cache.lookup("o", request_id, namespace, asked.prefix, first_token)).pending:
+                time.sleep(0.0005)
+            return hit
+
+        hit = ask("a", 4 * CHUNK_SIZE + 5)
+        assert hit.num_tokens == len(asked)
+        assert hit.pieces[0].first_token == 4 * CHUNK_SIZE
+        assert hit.tokens_by_tier == {"tier0": 2 * CHUNK_SIZE + 20}
+        assert len(cache.index) == len(hit.pieces)
+        totals = cache.metrics.totals()
+        assert totals["lookup_tokens"] == 2 * CHUNK_SIZE + 20, "the others were not asked for"
+        assert cache.lookup("o", "a", namespace, asked.prefix, 0).num_tokens == 0, "another question"
+        assert ask("a", 4 * CHUNK_SIZE + 5) == hit
+        cache.release("o", "a")
+        assert ask("b", 0).num_tokens == len(asked)
+        cache.release("o", "b")
+        hit = ask("c", 4 * CHUNK_SIZE)  # now L1 has all, which costs nothing
+        assert hit.pieces[0].first_token == 0
+        cache.release("o", "c")
+        assert free_of_leases(cache)
+
+
+# Clocks
+
+
+def test_steps_of_the_clock_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines are monotonic, and what a frame says of its time of birth is for people only."""
+    tier = DictTier()
+    asked = prompt(200, seed=1)
+    with open_core([tier], pool_bytes=POOL_BYTES) as cache:
+        for moment in (0.0, 4e9, 1e6, 2**40, time.time()):
+            monkeypatch.setattr("kvstrata.cache.l1.time.time", lambda moment=moment: moment)
+            cache.clear(tiers=False)
+            tier.frames.clear()
+            put(cache, asked)
+            (frame, *_) = tier.frames.values()
+            assert FrameHeader.unpack(frame).created_at == int(moment)
+            monkeypatch.setattr("kvstrata.cache.l1.time.time", lambda moment=moment: 1e9 - moment % 1e8)
+            cache.clear(tiers=False)
+            assert get(cache, asked).num_tokens == len(asked)
+            assert not cache.tiers[0].breaker.is_open
 
 
 def test_clear_is_tried_until_it_succeeds() -> None:

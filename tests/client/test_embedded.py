@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +126,30 @@ class TestEmbedded:
                 client._next_attempt_at = 0.0
                 assert not client.connected
             assert server_pid(client) == pid
+
+    def test_nobody_waits_for_a_server_that_cannot_start(
+        self, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("kvstrata.client._START_SECONDS", 3600.0)
+        monkeypatch.setattr(logging.getLogger("kvstrata"), "propagate", True)
+        settings = Settings(runtime_dir=str(runtime_dir), max_local_cpu_size=2.0**19)
+        with connect(settings, engine_id="e", name="first") as client:
+            assert not client.connected
+            with connect(settings, engine_id="e", name="next") as other:  # did not start it, and knows it too
+                assert not other.connected
+        said = [record.getMessage() for record in caplog.records]
+        for name in ("first", "next"):
+            (line,) = [message for message in said if message.startswith(f"{name}: there is no cache")]
+            assert "memory" in line, "it says why"
+
+    def test_nobody_waits_for_a_server_that_crashes(
+        self, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("kvstrata.client._START_SECONDS", 3600.0)
+        monkeypatch.setattr(sys, "executable", shutil.which("false"))
+        settings = Settings(runtime_dir=str(runtime_dir), max_local_cpu_size=0.01)
+        with connect(settings, engine_id="e") as client:
+            assert not client.connected
 
     def test_two_engines_have_servers_of_their_own(self, start: Start) -> None:
         first, second = start(small_settings()), start(small_settings())

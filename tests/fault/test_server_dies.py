@@ -24,6 +24,7 @@ from kvstrata.testing.client import (
     prompt,
     small_settings,
     store,
+    wait_lookup,
     wait_until,
 )
 from kvstrata.testing.forked import ForkedServer, ServerHost
@@ -189,6 +190,28 @@ def test_absent_at_first(server_host: ServerHost) -> None:
             wait_until(lambda: client.connected, "it is found")
             assert store(client, asked) == 200
             assert look(client, "r", asked) == 200
+
+
+def test_the_first_request_after_a_restart_is_answered(server_host: ServerHost, tmp_path: Path) -> None:
+    """From the disk, in this case; and so is the first of a client that finds its server only now."""
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    settings = small_settings(tiers=({"kind": "disk", "path": str(tmp_path), "max_bytes": 1 << 30},))
+    asked = prompt(200, seed=1)
+    with (
+        RemoteClient(endpoint, "test", timeout_seconds=10) as client,
+        RemoteClient(endpoint, "idle", timeout_seconds=10) as idle,
+    ):
+        with server_host.start(settings, endpoint=endpoint) as server:
+            assert client.wait_connected(20)
+            store(client, asked)
+            server.end(signal.SIGTERM)
+        wait_until(lambda: client._channel.connections % 2 == 0, "the connection is lost")
+        with server_host.start(settings, endpoint=endpoint):
+            for each in (client, idle):
+                wait_until(lambda each=each: each._channel.connections % 2 == 1, "the server is there")
+                hit = wait_lookup(each, "r", asked)
+                assert hit.num_tokens == 200
+                each.release("r")
 
 
 # A server that does not answer

@@ -8,6 +8,11 @@ import pytest
 from simulated import expected_answer
 from vllm.lora.request import LoRARequest
 
+import kvstrata.integrations.vllm.connector as connector_module
+from kvstrata.client import LocalClient
+from kvstrata.config import Settings
+from kvstrata.types import PENDING
+
 PROMPT = [17 * n % 50_000 for n in range(1, 201)]
 
 
@@ -105,6 +110,59 @@ def test_only_what_vllm_lacks_is_loaded(make_engine, log):
     other.ask("d", [*PROMPT[:80], 1])
     other.ask("e", PROMPT[:96])
     assert other.ask("f", PROMPT) == expected_answer(PROMPT, 1)
+
+
+@pytest.fixture
+def disk_client(tmp_path, monkeypatch):
+    """A core with a disk tier, in the place of ``client``."""
+    tier = {"kind": "disk", "path": str(tmp_path), "max_bytes": 1 << 30, "name": "disk"}
+    with LocalClient(Settings(max_local_cpu_size=0.02, gate="always", tiers=(tier,))) as local:
+        monkeypatch.setattr(connector_module, "connect", lambda *_, **__: local)
+        yield local
+
+
+def test_what_vllm_has_is_not_read_from_tiers(make_engine, disk_client):
+    make_engine().ask("a", PROMPT)
+    engine = make_engine()
+    engine.ask("b", PROMPT[:100])  # six blocks of 16 in vLLM's own cache: three chunks
+    assert disk_client.cache.flush(20)
+    disk_client.clear(tiers=False)
+    before = disk_client.stats()["totals"]["hit_tokens"]["disk"]
+    assert engine.ask("c", PROMPT) == expected_answer(PROMPT, 1)
+    assert disk_client.stats()["totals"]["hit_tokens"]["disk"] - before == 200 - 96
+    assert disk_client.stats()["totals"]["lookup_tokens"] < 600
+    # Nobody looked whether the first three chunks are held, so they were offered, and are in L1 again.
+    held = disk_client.stats()["l1"]["entries"]
+    disk_client.clear(tiers=False)
+    other = make_engine()
+    assert other.ask("d", PROMPT) == expected_answer(PROMPT, 1)
+    assert disk_client.stats()["l1"]["entries"] == held
+    assert not leases(disk_client)
+
+
+def test_vllm_evicts_what_a_look_up_left_out(make_engine, disk_client, monkeypatch):
+    make_engine().ask("a", PROMPT)
+    engine = make_engine()
+    engine.ask("b", PROMPT[:100])
+    assert disk_client.cache.flush(20)
+    disk_client.clear(tiers=False)
+    lookup, seen = disk_client.lookup, []
+
+    def held_up(request_id, namespace, prefix, first_token=0):
+        seen.append(first_token)
+        return PENDING if len(seen) < 4 else lookup(request_id, namespace, prefix, first_token)
+
+    monkeypatch.setattr(disk_client, "lookup", held_up)
+    request = engine.add("c", PROMPT)
+    engine.step()
+    engine.scheduler.reset_prefix_cache()
+    computed = engine.num_computed
+    engine.run()
+    assert seen[0] == 96
+    assert set(seen[1:]) == {0}
+    assert list(request.output_token_ids) == expected_answer(PROMPT, 1)
+    assert engine.num_computed - computed == 1
+    assert not leases(disk_client)
 
 
 def test_blocks_of_vllms_own_cache_are_not_written(make_engine, client, monkeypatch):
