@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvstrata.testing.client import wait_until
-from kvstrata.testing.proxy import BLACK_HOLE, REFUSING, Flow, Link, Proxy, slow_link
+from kvstrata.testing.proxy import BLACK_HOLE, REFUSING, Flow, Link, Proxy, far_away, slow_link
 
 
 @pytest.fixture
@@ -193,3 +193,18 @@ def test_closing_ends_connections_with_bytes_on_their_way(proxy: Proxy, listener
         sender.join()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
+
+
+def test_a_proxy_in_a_process_of_its_own(listener: socket.socket) -> None:
+    with (
+        far_away(listener.getsockname()[1], 0.1) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20) as client,
+    ):
+        server, _ = listener.accept()
+        with server:
+            started = time.monotonic()
+            client.sendall(b"there")
+            assert receive(server, 5) == b"there"
+            server.sendall(b"and back")
+            assert receive(client, 8) == b"and back"
+            assert time.monotonic() - started >= 0.1
