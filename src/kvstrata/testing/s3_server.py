@@ -48,6 +48,7 @@ class S3Server:
         self.port = free_port()
         self._directory = Path(tempfile.mkdtemp(prefix="kvs-s3-"))
         self._process: subprocess.Popen[bytes] | None = None
+        self._sockets: list[Path] = []
         identities = [
             {"name": name, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": actions}
             for name, key, actions in (("admin", ADMIN_KEY, ["Admin"]), ("user", ACCESS_KEY, USER_ACTIONS))
@@ -95,6 +96,7 @@ class S3Server:
                 stdout=log,
                 stderr=log,
                 cwd=self._directory,
+                env=os.environ | {"TMPDIR": str(self._directory)},
                 preexec_fn=end_with_parent,  # noqa: PLW1509 - nothing else tells a child of its parent's end
             )
         deadline = time.monotonic() + START_SECONDS
@@ -106,7 +108,9 @@ class S3Server:
 
     def _arguments(self, data: Path) -> list[str]:
         # The gRPC port of each part is its own port and 10,000, unless it is given.
-        grpc = [f"-{part}.port.grpc={free_port()}" for part in ("master", "volume", "filer", "s3")]
+        grpc_ports = {part: free_port() for part in ("master", "volume", "filer", "s3")}
+        grpc = [f"-{part}.port.grpc={port}" for part, port in grpc_ports.items()]
+        self._sockets = [Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock") for part, port in grpc_ports.items()]  # noqa: S108 - where it makes them
         ports = [f"-{part}.port={free_port()}" for part in ("master", "volume", "filer")]
         return [
             "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}", *ports, *grpc, "-filer", "-s3",
@@ -143,6 +147,8 @@ class S3Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+            for path in self._sockets:
+                path.unlink(missing_ok=True)
 
     def suspend(self) -> None:
         """SIGSTOP: the system still accepts connections, nobody answers."""
