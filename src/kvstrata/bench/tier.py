@@ -29,7 +29,7 @@ from kvstrata.tiers.redis.url import SCHEMES
 from kvstrata.types import HASH_BYTES, KVLayout, Miss, Namespace
 
 _TARGETS = {"read_over_raw": Target(at_least=0.8), "write_over_raw": Target(at_least=0.8)}
-_RAW_SCHEMES = frozenset({*SCHEMES, "unix", *DIRECTORY_SCHEMES, "lm", "s3"})
+_RAW_SCHEMES = frozenset({*SCHEMES, "unix", *DIRECTORY_SCHEMES, "lm", "s3", "mooncakestore", "infinistore"})
 _BLOCK_BYTES = 30 * 98_304
 
 

@@ -51,8 +51,8 @@ class RawTransport(Protocol):
 def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int = 5) -> RawRates:
     """Write and read ``num_frames`` frames of ``frame_bytes`` per round, after one round of warm-up.
 
-    ``url``: any of the Redis family (a frame goes to the server that has its name), ``s3://``, ``file://`` for a
-    directory, or ``lm://`` for a bare server on a TCP port of this host (that in the URL is not used: it is what
+    ``url``: any of the Redis family (a frame goes to the server that has its name), ``s3://``, Mooncake,
+    InfiniStore, ``file://`` for a directory, or ``lm://`` for a bare server on a TCP port of this host (that in the URL is not used: it is what
     is compared).
     What was written is removed.
 
@@ -83,6 +83,10 @@ def open_raw(url: str) -> RawTransport:
         return RawSocket()
     if parts.scheme == "s3":
         return RawS3(url)
+    if parts.scheme in ("mooncakestore", "infinistore"):
+        from kvstrata.testing.raw_stores import RawInfiniStore, RawMooncake  # noqa: PLC0415 - seldom wanted
+
+        return RawMooncake(url) if parts.scheme == "mooncakestore" else RawInfiniStore(url)
     raise ValueError(f"no raw loop for {parts.scheme}://")
 
 

@@ -16,6 +16,8 @@ from kvstrata.tiers.mooncake.options import Master, MooncakeOptions
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_LIBRARY_BUFFER_BYTES = 1 << 20
+"""For operations that copy, of which none is used."""
 
 
 class Store:
@@ -63,14 +65,14 @@ class Store:
         self._check("look-up", [size] if size in library.UNREACHABLE else [])
         return max(0, size)
 
-    def put(self, key: str, *parts: memoryview | bytes) -> None:
-        """Store an object made of ``parts``, in place of what was there.
+    def put_from(self, key: str, address: int, size: int) -> None:
+        """Store an object from this address of the arena, in place of what was there.
 
         Raises:
             TierFull: no node has room, and nothing can be evicted now.
         """
         self._give_memory()
-        code = self._call(lambda store: store.upsert_parts(key, *parts, config=self._replicas))
+        code = self._call(lambda store: store.upsert_from(key, address, size, self._replicas))
         if code == library.NO_ROOM:
             raise TierFull(f"Mooncake at {self._master.address} has no room: {library.code_name(code)}")
         if code != library.NOT_FOUND:  # deleted by another client while it was written
@@ -126,7 +128,7 @@ class Store:
             options.local_hostname or self._own_address(),
             options.metadata_server,
             0,
-            options.local_buffer_size,
+            _LIBRARY_BUFFER_BYTES,
             options.protocol,
             options.device_name,
             self._master.address,

@@ -3,8 +3,8 @@
 An object is the frame and a seal behind it (:mod:`kvstrata.tiers.seal`): an overwritten or deleted object's memory
 may be in other use while someone still reads it.
 
-Reads go through an arena of the tier's own and not into the caller's memory: when the library gives a transfer up,
-it does not stop it, and late bytes would land in a slot that belongs to another entry by then.
+Transfers go through an arena of the tier's own and not to and from the caller's memory: when the library gives one
+up, it does not stop it, and late bytes would land in a slot that belongs to another entry by then.
 """
 
 from __future__ import annotations
@@ -71,9 +71,13 @@ class MooncakeTier(Tier):
         return room if room <= MAX_UNASKED_BYTES else max(SEAL_BYTES, min(room, self._store.size(key)))
 
     def write(self, keys: Sequence[str], frames: Sequence[memoryview]) -> None:
-        """See :class:`Tier`. Frame by frame: the library copies each into its buffer, then sends it."""
+        """See :class:`Tier`. Frame by frame, each copied into the arena and sent from there."""
         for key, frame in zip(keys, frames, strict=True):
-            self._store.put(key, frame, make_seal(key, frame))
+            size = len(frame) + SEAL_BYTES
+            with self._store.arena.lend([size], self.options.timeout_seconds) as [(address, piece)]:
+                piece[: len(frame)] = frame
+                piece[len(frame) :] = make_seal(key, frame)
+                self._store.put_from(key, address, size)
 
     def delete(self, keys: Sequence[str]) -> int:
         """See :class:`Tier`. Without regard to leases: who still reads finds a broken seal."""

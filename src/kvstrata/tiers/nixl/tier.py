@@ -2,7 +2,7 @@
 
 Names, budget, eviction, atomic writes and the index are the disk tier's, and so are the files: a directory can be
 used by either. It is for storage that NIXL reaches faster than the operating system's calls do; on a plain file
-system the disk tier is faster (docs/tiers.md has figures).
+system the disk tier is faster (docs/backends.md has figures).
 
 NIXL's object backends are not supported: NIXL can neither list nor delete objects.
 """
