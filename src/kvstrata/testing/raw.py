@@ -52,8 +52,8 @@ def raw_loop(url: str, *, frame_bytes: int, num_frames: int = 4, num_rounds: int
     """Write and read ``num_frames`` frames of ``frame_bytes`` per round, after one round of warm-up.
 
     ``url``: any of the Redis family (a frame goes to the server that has its name), ``s3://``, Mooncake,
-    InfiniStore, ``file://`` for a directory, or ``lm://`` for a bare server on a TCP port of this host (that in the URL is not used: it is what
-    is compared).
+    InfiniStore, ``file://`` for a directory, or ``lm://`` for a bare server on a TCP port of this host (that in the
+    URL is not used: it is what is compared).
     What was written is removed.
 
     Raises:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from kvstrata.tiers.infinistore import protocol
 from kvstrata.tiers.mooncake import MooncakeOptions, library
 from kvstrata.tiers.mooncake.options import read_url
+from kvstrata.tiers.sockets import SOCKET_BYTES
 
 _BUFFER_BYTES = 128 << 20
 
@@ -60,7 +61,10 @@ class RawInfiniStore:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._socket = socket.create_connection((parts.hostname, parts.port or 0), 30)
+        self._socket.settimeout(None)  # with a timeout each value takes many system calls
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
 
     def _word(self) -> int:
         word = bytearray(protocol.WORD.size)
