@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.bench import faults, lookup, tier
+from kvstrata.bench import codec, faults, lookup, tier
+from kvstrata.bench.kv import RealKV, real_kv
 from kvstrata.cli import main
 from kvstrata.config import tier_from_url
 from kvstrata.errors import ConfigError
+from kvstrata.testing.codec import make_payload
 from kvstrata.testing.redis_cluster import RedisCluster
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.tiers.open import open_tier
+from kvstrata.types import KVLayout
 
 SMALL_FRAMES = {"frame_bytes": 65_536, "num_frames": 3, "contains_keys": 10, "runs": 2}
 
@@ -122,3 +125,31 @@ def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gopher" in capsys.readouterr().err
     assert main(["bench", "lookup", "--transport", "pigeon"]) == 2
     assert "pigeon" in capsys.readouterr().err
+
+
+def test_codec_weighs_times_and_checks_them() -> None:
+    layout = KVLayout(128, (32_768,) * 2, "bfloat16", "test")
+    payloads = tuple(make_payload(2 * 65_536, "normal", seed=seed) for seed in range(2))
+    kv = RealKV(layout, payloads)
+    report = codec.run(codec.CodecBenchConfig(codecs=("naive", "floats", "floats+aesgcm"), runs=2), kv=kv)
+    assert [(row[0], row[2]) for row in report.rows] == [
+        ("naive", "yes"), ("floats", "yes"), ("floats+aesgcm", "yes"),
+    ]  # fmt: skip
+    assert report.ratios["naive_size"] == 1
+    assert report.ratios["lossless_size"] == report.ratios["floats_size"] > 1.3
+    assert len(report.samples["floats decode 2"]) == 2
+    naive, floats = report.rows[:2]
+    assert naive[-1] is None
+    assert floats[-1] is not None
+    with pytest.raises(ConfigError, match="no codec 'flots'"):
+        codec.run(codec.CodecBenchConfig(codecs=("flots",)), kv=kv)
+
+
+@pytest.mark.slow
+def test_codec_on_the_kv_of_the_small_model() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: make setup")
+    kv = real_kv(Path(".cache"), 2)
+    assert [len(payload) for payload in kv.payloads] == [2 * kv.layout.block_bytes] * 2
+    assert kv.layout.block_bytes == 30 * 98_304
+    report = codec.run(codec.CodecBenchConfig(codecs=("floats",), runs=1), kv=kv)
+    assert report.ratios["lossless_size"] >= 1.4

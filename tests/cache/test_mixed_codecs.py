@@ -10,9 +10,13 @@ import msgspec
 import pytest
 
 from kvstrata.cache.cache import Cache
+from kvstrata.client import LocalClient
 from kvstrata.codecs.open import Decoders, open_codec
-from kvstrata.frame import FrameHeader
-from kvstrata.testing.client import CHUNK_SIZE, Prompt, prompt
+from kvstrata.config import Settings
+from kvstrata.errors import ConfigError
+from kvstrata.frame import MAGIC, FrameHeader
+from kvstrata.testing.client import CHUNK_SIZE, Prompt, look, prompt
+from kvstrata.testing.client import store as store_all
 from kvstrata.testing.codec import ZipCodec, make_payload
 from kvstrata.testing.core import open_core, payloads, settle, store, wait_lookup
 from kvstrata.tiers.base import Tier
@@ -118,3 +122,23 @@ def test_a_swapped_entry_is_a_miss(keys: dict[str, str]) -> None:
         cache.clear(tiers=False)
         hit = get(cache, asked)
         assert (hit.num_tokens, hit.miss_reason) == (0, MissReason.UNDECRYPTABLE)
+
+
+def test_a_configured_chain_encrypts_what_is_on_disk(keys: dict[str, str], tmp_path: Path) -> None:
+    directory = tmp_path / "disk"
+    entry = {"kind": "disk", "path": str(directory), "codec": "floats+aesgcm", "max_bytes": 1 << 30}
+    settings = Settings(max_local_cpu_size=0.02, tiers=(entry,), encryption_key_file=keys["key_file"])
+    asked = prompt(2 * CHUNK_SIZE, seed=1)
+    with LocalClient(settings) as client:
+        store_all(client, asked)
+    frames = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+    codecs = [FrameHeader.unpack(frame).codec for frame in frames if frame.startswith(MAGIC)]
+    assert codecs == ["floats+aesgcm"] * 2
+    with LocalClient(settings) as client:
+        assert look(client, "r", asked) == len(asked)
+    without_keys = msgspec.structs.replace(settings, encryption_key_file=None)
+    with pytest.raises(ConfigError, match="set encryption_key_file"):
+        LocalClient(without_keys)
+    Path(keys["key_file"]).chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        LocalClient(settings)

@@ -36,14 +36,15 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
     policy = plugins.load("policies", settings.cache_policy.lower())()
     configs = tier_configs(settings)
     _check_policies(settings, configs)
+    codecs = [open_codec(config.codec, keys) for config in configs]  # what can be refused first
     tiers: list[TierIO] = []
-    for config in configs:
+    for config, codec in zip(configs, codecs, strict=True):
         tier = open_tier(config)
         tiers.append(
             TierIO(
                 tier,
                 config.name,
-                open_codec(config.codec, keys),
+                codec,
                 decoders,
                 metrics,
                 num_workers=int(config.options["num_workers"]),

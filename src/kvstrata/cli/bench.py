@@ -75,6 +75,31 @@ def copy(runs: Runs = None, as_json: Json = None, strict: Strict = False) -> int
     return _show(run(config, _progress), as_json, strict=strict)
 
 
+@app.command("codec", epilog="Example: kvstrata bench codec --codec floats --codec zstd:3")
+def codec(
+    *,
+    codecs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--codec", metavar="CODEC", help="As in remote_serde; may be given again. Default: all there are."
+        ),
+    ] = None,
+    chunks: Annotated[int | None, typer.Option(min=2, help="Passages of 256 tokens.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model.")] = None,
+    runs: Runs = None,
+    as_json: Json = None,
+    strict: Strict = False,
+) -> int:
+    """Weigh and time codecs on the KV of a real model, and say up to which link speed each pays.
+
+    Needs torch and the demo extra: the small model makes the KV.
+    """
+    from kvstrata.bench.codec import CodecBenchConfig, run  # noqa: PLC0415
+
+    config = _config(CodecBenchConfig, codecs=codecs, chunks=chunks, cache_dir=cache_dir, runs=runs)
+    return _show(run(config, _progress), as_json, strict=strict)
+
+
 @app.command("tier", epilog="Example: kvstrata bench tier redis://127.0.0.1:6379")
 def tier(
     url: Annotated[str, typer.Argument(metavar="URL", help="redis://HOST:PORT, disk:///DIR ...")],

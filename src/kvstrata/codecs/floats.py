@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import zstandard
 
-from kvstrata.codecs.planes import BLOCK_ELEMENTS, Plane, PlaneCodec, merge_planes, split_planes
+from kvstrata.codecs.planes import BLOCK_ELEMENTS, Plane, PlaneCodec, merge_pairs, merge_planes, split_planes
 from kvstrata.codecs.zstd import zstd_unpack
 
 # The fast strategy with the smallest table and the longest minimum: finds nothing, and takes no time over it.
@@ -67,11 +67,9 @@ class FloatsCodec(PlaneCodec):
         target = np.frombuffer(into, "<u2")
         scratch = np.empty(min(len(target), BLOCK_ELEMENTS), "<u2")
         for start in range(0, len(target), BLOCK_ELEMENTS):
-            # Each step is one pass of vector instructions; a strided merge of the bytes is slower.
             block = target[start : start + BLOCK_ELEMENTS]
             right = scratch[: len(block)]
-            np.left_shift(high[start : start + len(block)], 8, out=block, dtype=np.uint16, casting="unsafe")
-            np.bitwise_or(block, low[start : start + len(block)], out=block)
+            merge_pairs(low[start : start + len(block)], high[start : start + len(block)], block)
             np.right_shift(block, 1, out=right)
             np.left_shift(block, 15, out=block)
             np.bitwise_or(block, right, out=block)

@@ -121,8 +121,20 @@ def split_planes(payload: memoryview, element_bytes: int) -> list[Plane]:
 
 def merge_planes(planes: Sequence[Plane], into: memoryview) -> None:
     """The opposite of :func:`split_planes`."""
+    if len(planes) == 2:
+        elements = np.frombuffer(into, "<u2")
+        for start in range(0, len(elements), BLOCK_ELEMENTS):
+            pair = slice(start, start + BLOCK_ELEMENTS)
+            merge_pairs(planes[0][pair], planes[1][pair], elements[pair])
+        return
     target = np.frombuffer(into, np.uint8).reshape(-1, len(planes))
     for start in range(0, len(target), BLOCK_ELEMENTS):
         block = target[start : start + BLOCK_ELEMENTS]
         for index, plane in enumerate(planes):
             block[:, index] = plane[start : start + len(block)]
+
+
+def merge_pairs(low: Plane, high: Plane, into: NDArray[np.uint16]) -> None:
+    """Low and high bytes to elements of two bytes, by vector instructions: faster than strided copies."""
+    np.left_shift(high, 8, out=into, dtype=np.uint16, casting="unsafe")
+    np.bitwise_or(into, low, out=into)
