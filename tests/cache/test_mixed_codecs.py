@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import pytest
 
 from kvstrata.cache.cache import Cache
 from kvstrata.client import LocalClient
+from kvstrata.codecs.base import PayloadDescription
 from kvstrata.codecs.open import Decoders, open_codec
 from kvstrata.config import Settings
 from kvstrata.errors import ConfigError
@@ -142,3 +145,28 @@ def test_a_configured_chain_encrypts_what_is_on_disk(keys: dict[str, str], tmp_p
     Path(keys["key_file"]).chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         LocalClient(settings)
+
+
+class SlowCodec(ZipCodec):
+    """Takes its time to decode."""
+
+    name: ClassVar[str] = "slow"
+
+    def decode(
+        self, encoded: memoryview, what: PayloadDescription, parameters: str, into: memoryview
+    ) -> None:
+        time.sleep(0.02)
+        super().decode(encoded, what, parameters, into)
+
+
+def test_the_gate_counts_what_decoding_takes() -> None:
+    asked = prompt(4 * CHUNK_SIZE, seed=1)
+    with open_core([DictTier()], pool_bytes=POOL_BYTES, codecs=[SlowCodec()], gate=True) as cache:
+        put(cache, asked)
+        cache.clear(tiers=False)
+        cache.report_prefill(cache.intern(asked.namespace), len(asked), 0.001)
+        assert get(cache, asked).num_tokens == len(asked)  # that is how a measurement comes about
+        cache.clear(tiers=False)
+        assert get(cache, asked).miss_reason == MissReason.GATED
+        cache.report_prefill(cache.intern(asked.namespace), len(asked), 1000)
+        assert get(cache, asked).num_tokens == len(asked)

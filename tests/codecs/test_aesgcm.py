@@ -136,6 +136,13 @@ def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path, keys: list[s
         codec(key_file(tmp_path, keys[0], mode=mode))
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o440, 0o640])
+def test_a_key_file_that_only_its_group_may_read_is_accepted(
+    tmp_path: Path, keys: list[str], mode: int
+) -> None:
+    assert KeyRing(key_file(tmp_path, keys[0], mode=mode)).writing_id
+
+
 @pytest.mark.parametrize(
     "content", ["", "# nothing\n", "abc\n", "zz" * 32 + "\n", "ab" * 31 + "\n", "\xff\n"]
 )

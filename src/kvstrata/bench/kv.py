@@ -45,7 +45,7 @@ def real_kv(cache_dir: Path, num_chunks: int) -> RealKV:
         directory = smollm2(cache_dir.resolve())
     except ModelError as error:
         raise ConfigError(str(error)) from None
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     payloads = []
     for number in range(num_chunks):
