@@ -164,9 +164,9 @@ def test_the_gate_counts_what_decoding_takes() -> None:
     with open_core([DictTier()], pool_bytes=POOL_BYTES, codecs=[SlowCodec()], gate=True) as cache:
         put(cache, asked)
         cache.clear(tiers=False)
-        cache.report_prefill(cache.intern(asked.namespace), len(asked), 0.001)
         assert get(cache, asked).num_tokens == len(asked)  # that is how a measurement comes about
         cache.clear(tiers=False)
+        cache.report_prefill(cache.intern(asked.namespace), len(asked), 0.001)
         assert get(cache, asked).miss_reason == MissReason.GATED
         cache.report_prefill(cache.intern(asked.namespace), len(asked), 1000)
         assert get(cache, asked).num_tokens == len(asked)
