@@ -25,6 +25,8 @@ def l1(**changed):
         "lookups": 0,
         "reservations": 0,
         "evictions": 0,
+        "budget_evictions": 0,
+        "fragmentation": 0.0,
     }
     return figures | changed
 
@@ -104,10 +106,20 @@ def test_a_tier_is_counted():
 
 def test_gauges_show_the_last_state_and_evictions_add_up():
     metrics = Metrics()
-    tier = SimpleNamespace(name="disk", queued_bytes=77)
+    tier = SimpleNamespace(name="disk", queued_bytes=77, state="bypassed")
     metrics.update_gauges(l1(used_bytes=5, budget_bytes=9, entries=2, lookups=1, evictions=3), 4, [tier])
     metrics.update_gauges(
-        l1(used_bytes=6, budget_bytes=9, entries=3, reservations=2, evictions=10), 5, [tier]
+        l1(
+            used_bytes=6,
+            budget_bytes=9,
+            entries=3,
+            reservations=2,
+            evictions=10,
+            budget_evictions=2,
+            fragmentation=0.25,
+        ),
+        5,
+        [tier],
     )
     found = samples(metrics)
     assert found["kvstrata_l1_used_bytes"] == 6
@@ -116,7 +128,10 @@ def test_gauges_show_the_last_state_and_evictions_add_up():
     assert found["kvstrata_leases"] == 0
     assert found["kvstrata_reservations"] == 2
     assert found["kvstrata_sessions"] == 5
-    assert found["kvstrata_evictions_total"] == 10
+    assert found["kvstrata_evictions_total{reason=room}"] == 8
+    assert found["kvstrata_evictions_total{reason=budget}"] == 2
+    assert found["kvstrata_l1_fragmentation_ratio"] == 0.25
+    assert found["kvstrata_tier_bypassed{tier=disk}"] == 1
     assert found["kvstrata_tier_queue_bytes{tier=disk}"] == 77
 
 

@@ -6,7 +6,8 @@ reasons, operations. Never a model, a salt, a key or a client.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -18,6 +19,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The media type of :meth:`Metrics.render`."""
 L1 = "l1"
 """The value of the label ``tier`` for host memory."""
+MOVES = ("store", "retrieve")
+"""Device to L1, and back; the values of the label ``move``."""
+EVICTION_REASONS = ("room", "budget")
+"""Room for others, and a budget that was lowered; the values of the label ``reason`` of evictions."""
 OPERATIONS = ("contains", "read", "write", "delete", "clear")
 """What is done to a tier; the values of the label ``operation``."""
 GATE_DECISIONS = ("load", "trial", "recompute")
@@ -34,6 +39,19 @@ class QueuedTier(Protocol):
     def name(self) -> str: ...
     @property
     def queued_bytes(self) -> int: ...
+    @property
+    def state(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Description:
+    """One metric, for people."""
+
+    name: str
+    kind: str
+    """"counter", "gauge" or "histogram"."""
+    labels: tuple[str, ...]
+    text: str
 
 
 class Metrics:
@@ -44,31 +62,49 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._num_evicted = 0
+        self.descriptions: list[Description] = []
+        """Every metric, in the order of the page about them."""
+        self._num_evicted = dict.fromkeys(EVICTION_REASONS, 0)
         self._declare_lookups()
         self._declare_l1()
         self._declare_tiers()
-        Gauge("build_info", "Always 1; the label says the version.", ["version"], namespace="kvstrata",
-              registry=self.registry).labels(__version__).set(1)  # fmt: skip
+        self._gauge("build_info", "Always 1; the label says the version.", ["version"]).labels(
+            __version__
+        ).set(1)
         self.hit_tokens_total.labels(L1)
+        for move in MOVES:
+            self.device_bytes_total.labels(move)
+            self.device_seconds_total.labels(move)
+        for why in EVICTION_REASONS:
+            self.evictions_total.labels(why)
         for reason in MissReason:
             self.misses_total.labels(reason.value)
             self.miss_tokens_total.labels(reason.value)
 
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+        self._note(name, "counter", labels, text)
         return Counter(_PREFIX + name, text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+        self._note(name, "gauge", labels, text)
         return Gauge(_PREFIX + name, text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Iterable[str] = (), *, buckets: Sequence[float]
+    ) -> Histogram:
+        self._note(name, "histogram", labels, text)
+        return Histogram(_PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+    def _note(self, name: str, kind: str, labels: Iterable[str], text: str) -> None:
+        self.descriptions.append(Description(_PREFIX + name, kind, tuple(labels), text))
 
     def _declare_lookups(self) -> None:
         self.lookups_total = self._counter("lookups_total", "Look-ups that were answered.")
         self.lookup_tokens_total = self._counter("lookup_tokens_total", "Prompt tokens that were looked up.")
-        self.lookup_seconds = Histogram(
-            _PREFIX + "lookup_seconds",
+        self.lookup_seconds = self._histogram(
+            "lookup_seconds",
             "From the first question to the final answer, loading from tiers included.",
             buckets=_LOOKUP_BUCKETS,
-            registry=self.registry,
         )
         self.hit_tokens_total = self._counter(
             "hit_tokens_total", "Prompt tokens that were found, by the tier that had them.", ["tier"]
@@ -105,22 +141,37 @@ class Metrics:
         self.stores_dropped = self._counter(
             "stores_dropped_total", "Payloads that were not stored because L1 had no room."
         )
-        self.evictions_total = self._counter("evictions_total", "Entries of L1 that were evicted.")
+        self.device_bytes_total = self._counter(
+            "device_bytes_total", "Bytes that workers copied between their devices and L1.", ["move"]
+        )
+        self.device_seconds_total = self._counter(
+            "device_seconds_total", "Seconds that those copies took, of all workers together.", ["move"]
+        )
+        self.evictions_total = self._counter(
+            "evictions_total",
+            "Entries of L1 evicted for room, or because its budget was lowered.",
+            ["reason"],
+        )
         self.l1_used_bytes = self._gauge("l1_used_bytes", "Bytes of L1 in use.")
         self.l1_capacity_bytes = self._gauge("l1_capacity_bytes", "Bytes of L1.")
         self.l1_entries = self._gauge("l1_entries", "Entries of L1.")
+        self.l1_fragmentation_ratio = self._gauge(
+            "l1_fragmentation_ratio", "Share of L1's free bytes that lie outside its largest hole."
+        )
+        self.pins = self._gauge("pins", "Pins of operators.")
+        self.pinned_bytes = self._gauge("pinned_bytes", "Payload bytes that pins keep in L1.")
+        self.stores_frozen = self._gauge("stores_frozen", "1 while an operator lets nothing be stored.")
         self.leases = self._gauge("leases", "Look-ups whose hit is held for their request.")
         self.reservations = self._gauge("reservations", "Slots that workers are filling.")
         self.sessions = self._gauge("sessions", "Clients.")
 
     def _declare_tiers(self) -> None:
         both = ["tier", "operation"]
-        self.tier_operation_seconds = Histogram(
-            _PREFIX + "tier_operation_seconds",
+        self.tier_operation_seconds = self._histogram(
+            "tier_operation_seconds",
             "Operations on a tier that succeeded; a batch is one.",
             both,
             buckets=_OPERATION_BUCKETS,
-            registry=self.registry,
         )
         self.tier_bytes_total = self._counter("tier_bytes_total", "Bytes moved by those operations.", both)
         self.tier_errors_total = self._counter("tier_errors_total", "Operations that failed.", ["tier"])
@@ -131,6 +182,7 @@ class Metrics:
             "tier_frame_misses_total", "Entries asked of a tier and not delivered.", ["tier", "reason"]
         )
         self.breaker_open = self._gauge("tier_breaker_open", "1 while the tier is left alone.", ["tier"])
+        self.bypassed = self._gauge("tier_bypassed", "1 while an operator has the tier left alone.", ["tier"])
         self.queue_bytes = self._gauge("tier_queue_bytes", "Bytes that wait to be written.", ["tier"])
 
     # What the core reports
@@ -171,6 +223,12 @@ class Metrics:
         self.stored_tokens_total.inc(num_tokens)
         self.stored_bytes_total.inc(payload_bytes)
 
+    def device_moved(self, num_bytes: int, seconds: float, *, is_store: bool) -> None:
+        """A worker copied from its device to L1 (``is_store``), or back."""
+        move = "store" if is_store else "retrieve"
+        self.device_bytes_total.labels(move).inc(num_bytes)
+        self.device_seconds_total.labels(move).inc(seconds)
+
     def tier_added(self, tier: str) -> None:
         """A tier is in use: all its series exist from now on, as zeros."""
         for operation in OPERATIONS:
@@ -190,6 +248,7 @@ class Metrics:
         ):
             metric.labels(tier)
         self.breaker_open.labels(tier)
+        self.bypassed.labels(tier)
         self.queue_bytes.labels(tier)
 
     def tier_operation(self, tier: str, operation: str, num_bytes: int, seconds: float) -> None:
@@ -220,11 +279,15 @@ class Metrics:
         self.l1_entries.set(l1["entries"])
         self.leases.set(l1["lookups"])
         self.reservations.set(l1["reservations"])
-        self.evictions_total.inc(l1["evictions"] - self._num_evicted)
-        self._num_evicted = l1["evictions"]
+        evicted = {"budget": l1["budget_evictions"], "room": l1["evictions"] - l1["budget_evictions"]}
+        for reason, count in evicted.items():
+            self.evictions_total.labels(reason).inc(count - self._num_evicted[reason])
+        self._num_evicted = evicted
+        self.l1_fragmentation_ratio.set(l1["fragmentation"])
         self.sessions.set(num_sessions)
         for tier in tiers:
             self.queue_bytes.labels(tier.name).set(tier.queued_bytes)
+            self.bypassed.labels(tier.name).set(tier.state == "bypassed")
 
     # What readers get
 

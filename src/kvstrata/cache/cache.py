@@ -377,7 +377,7 @@ class Cache:
         keys = (e.namespace.key(e.chunk_hash, e.shard) for e in entries if e.state is State.READY)
         return list(itertools.islice((key for key in keys if key.startswith(prefix)), max(0, limit)))
 
-    def l1_stats(self) -> dict[str, int]:
+    def l1_stats(self) -> dict[str, Any]:
         """Sizes and counts of L1 as of now."""
         with self._lock:
             allocator = self.index.allocator
@@ -386,7 +386,8 @@ class Cache:
                 "used_bytes": allocator.used_bytes,
                 "budget_bytes": allocator.budget_bytes,
                 "capacity_bytes": allocator.capacity_bytes,
-                "largest_free_bytes": min(allocator.largest_free_bytes, allocator.budget_bytes),
+                "fragmentation": allocator.fragmentation,
+                "budget_evictions": self.index.num_evicted_for_budget,
                 "evictions": self.index.num_evicted,
                 "lookups": len(self._lookups),
                 "reservations": len(self._reserved),

@@ -91,6 +91,8 @@ class Index:
         self.allocator = allocator
         self.policy = policy
         self.num_evicted = 0
+        self.num_evicted_for_budget = 0
+        """Of those, the ones that went because the budget was lowered."""
         self._ghosts: dict[bytes, None] = {}
         self._awaited: dict[bytes, int] = {}
         """Parents that are not held -> how many held entries wait for them. They come before their time when a
@@ -195,6 +197,7 @@ class Index:
             entry = self.entries[key]
             if entry.state is State.READY and not entry.leases and not entry.num_children:
                 self.drop(entry, evicted=True)
+                self.num_evicted_for_budget += 1
                 num_evicted += 1
         return num_evicted > 0  # then their parents can go, which this walk passed over
 

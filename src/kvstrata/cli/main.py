@@ -22,6 +22,7 @@ from kvstrata.cli import (
     doctor,
     jobs,
     keys,
+    metrics,
     ping,
     pins,
     remote,
@@ -53,6 +54,7 @@ app.command("remote", epilog=remote.EXAMPLE)(remote.remote)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
+app.add_typer(metrics.app, name="metrics")
 app.command("status", epilog=status.EXAMPLE)(status.status)
 app.command("tiers", epilog=status.TIERS_EXAMPLE)(status.tiers)
 app.command("clear", epilog=clear.EXAMPLE)(clear.clear)

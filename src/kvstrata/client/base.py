@@ -116,6 +116,10 @@ class Client(ABC):
         """Tell the gate how long computing ``num_tokens`` prompt tokens took. Does not wait."""
 
     @abstractmethod
+    def report_move(self, num_bytes: int, seconds: float, *, is_store: bool) -> None:
+        """Tell the metrics of a copy from a device to L1 (``is_store``) or back. Does not wait."""
+
+    @abstractmethod
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
         """Drop everything of a namespace, or all, from L1 now and from the tiers in the background.
 

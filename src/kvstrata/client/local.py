@@ -89,6 +89,9 @@ class LocalClient(Client):
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         self.cache.report_prefill(self.cache.intern(namespace), num_tokens, seconds)
 
+    def report_move(self, num_bytes: int, seconds: float, *, is_store: bool) -> None:
+        self.cache.metrics.device_moved(num_bytes, seconds, is_store=is_store)
+
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
         if self._closed:
             return 0

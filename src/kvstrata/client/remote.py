@@ -286,6 +286,10 @@ class RemoteClient(Client):
         if namespace.fingerprint in self._registered:
             self._tell(m.ReportPrefill(namespace.fingerprint, num_tokens, seconds))
 
+    def report_move(self, num_bytes: int, seconds: float, *, is_store: bool) -> None:
+        if self.connected:
+            self._tell(m.ReportMove(is_store, num_bytes, seconds))
+
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
         fingerprint = None
         if namespace is not None:

@@ -62,6 +62,11 @@ class SlotAllocator:
         return self._hole_sizes[-1] if self._hole_sizes else 0
 
     @property
+    def fragmentation(self) -> float:
+        """Share of the free bytes that lie outside the largest hole; 0 when nothing is free."""
+        return 1 - self.largest_free_bytes / self.free_bytes if self.free_bytes else 0.0
+
+    @property
     def num_slots(self) -> int:
         return len(self._slots)
 

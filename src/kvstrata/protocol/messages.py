@@ -87,6 +87,15 @@ class ReportPrefill(Message, frozen=True):
     seconds: float
 
 
+class ReportMove(Message, frozen=True):
+    """A worker copied between its device and L1."""
+
+    is_store: bool
+    """Device to L1; else L1 to device."""
+    num_bytes: int
+    seconds: float
+
+
 class Clear(Message, frozen=True):
     namespace: bytes | None = None
     """None: everything."""
@@ -174,6 +183,7 @@ Request = (
     | Abort
     | Fetch
     | ReportPrefill
+    | ReportMove
     | Clear
     | ListKeys
     | GetStats

@@ -91,6 +91,9 @@ class Dispatcher:
             case m.Abort(shard=shard, chunk_hashes=hashes):
                 _check_slots(shard, hashes)
                 cache.abort(owner, shard, hashes)
+            case m.ReportMove(is_store=is_store, num_bytes=num_bytes, seconds=seconds):
+                if num_bytes >= 0 and math.isfinite(seconds) and seconds >= 0:
+                    cache.metrics.device_moved(num_bytes, seconds, is_store=is_store)
             case m.Fetch():
                 found = self._fetch(owner, session, request)
                 return m.Fetched(found is not None), found or ()

@@ -449,6 +449,14 @@ class ClientContract:
         client.report_prefill(make_namespace(), 1000, 0.5)
         assert client.stats()["rates"]["prefill_tokens_per_second"] == pytest.approx(2000)
 
+    def test_moves_are_counted(self, client: Client) -> None:
+        store(client, prompt(200, seed=1))
+        client.report_move(5000, 0.25, is_store=True)
+        client.report_move(700, 0.5, is_store=False)
+        totals = client.stats()["totals"]
+        assert totals["device_bytes"] == {"store": 5000, "retrieve": 700}
+        assert totals["device_seconds"] == {"store": pytest.approx(0.25), "retrieve": pytest.approx(0.5)}
+
     def test_chunk_size(self, client: Client) -> None:
         assert client.server_chunk_size in (CHUNK_SIZE, None)
 

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.client import connect
@@ -25,6 +26,7 @@ from kvstrata.errors import LayoutError
 from kvstrata.integrations.vllm.metadata import Handshake, StepMetadata, WorkerReport
 from kvstrata.integrations.vllm.namespace import build_namespace, common_layout, round_chunk_size
 from kvstrata.integrations.vllm.scheduler import SchedulerSide
+from kvstrata.integrations.vllm.stats import ConnectorMetrics, ConnectorStats
 from kvstrata.integrations.vllm.support import is_mla, kernel_text, why_unsupported
 from kvstrata.integrations.vllm.worker import WorkerSide
 from kvstrata.logs import configure_logging
@@ -32,6 +34,7 @@ from kvstrata.types import KVLayout, Namespace
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -330,6 +333,27 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Which loads have ended, so that their leases can be let go."""
         return self._worker.take_report() if self._worker is not None else None
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What this worker copied since the last step."""
+        moves = None if self._worker is None else self._worker.take_moves()
+        return None if moves is None else ConnectorStats.of(moves)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """For vLLM's loggers: the stats with what arrived from the workers."""
+        return ConnectorStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """The counters on vLLM's ``/metrics``."""
+        return ConnectorMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         """vLLM ends."""

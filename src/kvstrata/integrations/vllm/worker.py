@@ -13,6 +13,7 @@ from kvstrata.client.base import Client, Reservation
 from kvstrata.device.copy import PageCopier, make_copier
 from kvstrata.device.layout import find_pages
 from kvstrata.integrations.vllm.metadata import LoadOp, StepMetadata, StoreOp, WorkerReport
+from kvstrata.integrations.vllm.moves import Moves
 from kvstrata.types import KVLayout, Namespace, Piece
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class WorkerSide:
         self._finished: set[str] = set()
         self._running: list[tuple[Callable[[], bool], str]] = []
         self._pools: set[str] = set()
+        self._moves = Moves()
 
     def register(
         self, kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_size: int, kernel: str
@@ -89,10 +91,12 @@ class WorkerSide:
         for op in step.metadata.loads:
             op_start = time.perf_counter()
             if self._try_load(copier, op, step.metadata.namespace):
+                num_tokens, seconds = op.end_token - op.first_token, time.perf_counter() - op_start
+                self._moved(step.metadata.namespace, num_tokens, seconds, is_store=False)
                 if self._first:
-                    num_tokens, seconds = op.end_token - op.first_token, time.perf_counter() - op_start
                     logger.info("Retrieved %d tokens in %.4f seconds", num_tokens, seconds)
             else:
+                self._moves.failed_loads += 1
                 step.failed_leases.add(op.lease_id)
                 step.failed_blocks.update(op.block_ids)
                 logger.warning(
@@ -161,8 +165,21 @@ class WorkerSide:
             return
         self._client.commit(reservation)
         seconds = time.perf_counter() - start
+        if stored:
+            self._moved(namespace, stored, seconds, is_store=True)
         if stored and self._first:
             logger.info("Stored %d tokens in %.4f seconds", stored, seconds)
+
+    def _moved(self, namespace: Namespace, num_tokens: int, seconds: float, *, is_store: bool) -> None:
+        """A copy has ended, or on a device was begun."""
+        num_bytes = namespace.layout.payload_bytes(num_tokens)
+        self._moves.add(num_tokens, num_bytes, seconds, is_store=is_store)
+        self._client.report_move(num_bytes, seconds, is_store=is_store)
+
+    def take_moves(self) -> Moves | None:
+        """What was copied since the last call; None for nothing."""
+        moves, self._moves = self._moves, Moves()
+        return None if moves == Moves() else moves
 
     def _copy_out(self, copier: PageCopier, ops: Sequence[StoreOp], reservation: Reservation) -> int:
         num_tokens = 0
