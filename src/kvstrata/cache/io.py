@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
+from kvstrata.cache.steps import contains_in_steps
 from kvstrata.cache.workers import Workers, attempt
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders
@@ -111,9 +112,11 @@ class TierIO:
 
     # Look-ups
 
-    def contains(self, keys: Sequence[str], expires_at: float, done: ContainsDone) -> None:
+    def contains(
+        self, keys: Sequence[str], expires_at: float, done: ContainsDone, chunk_ends: Sequence[range] = ()
+    ) -> None:
         """Ask which keys are held, and how many seconds that took; they are None when the tier is down, or when
-        its turn came too late to matter."""
+        its turn came too late to matter. ``chunk_ends``: see :func:`contains_in_steps`."""
         if self.breaker.is_open:
             done(None, 0.0)
             return
@@ -122,10 +125,15 @@ class TierIO:
             held = None
             started = time.monotonic()
             if not self.breaker.is_open and started < expires_at:
-                held = self._call("contains", 0, lambda: self.tier.contains(keys))
+                held = self._call("contains", 0, lambda: self._contains(keys, chunk_ends))
             done(held if held is None or len(held) == len(keys) else None, time.monotonic() - started)
 
         self._lookups.submit(job)
+
+    def _contains(self, keys: Sequence[str], chunk_ends: Sequence[range]) -> list[bool]:
+        if chunk_ends and self.tier.asks_key_by_key:
+            return contains_in_steps(self.tier.contains, keys, chunk_ends)
+        return self.tier.contains(keys)
 
     def stalled(self) -> None:
         """A look-up gave up waiting for this tier."""

@@ -75,8 +75,9 @@ class Prefetch:
         keys = lookup.candidates.keys()
         lookup.waiting_for = set(asked)
         expires_at = time.monotonic() + lookup.deadline - self._clock()
+        chunk_ends = lookup.candidates.chunk_ends()
         return [
-            partial(self._tiers[i].contains, keys, expires_at, partial(self._answered, lookup, i))
+            partial(self._tiers[i].contains, keys, expires_at, partial(self._answered, lookup, i), chunk_ends)
             for i in asked
         ]
 

@@ -163,6 +163,13 @@ class Candidates:
         step = 2 * HASH_BYTES
         return [head + digits[at : at + step] for at in range(0, len(digits), step) for head in heads]
 
+    def chunk_ends(self) -> list[range]:
+        """Where in ``keys`` the shards of those are that end a whole chunk."""
+        per_chunk, shards = self._namespace.blocks_per_chunk, self._namespace.world_size
+        first = per_chunk - 1 - self._first_block % per_chunk
+        ends = range(first, self._prefix.num_blocks - self._first_block, per_chunk)
+        return [range(at * shards, (at + 1) * shards) for at in ends]
+
     def _hashes(self) -> bytes:
         return self._prefix.block_hashes[self._first_block * HASH_BYTES :] + self._prefix.remainder_hash
 
