@@ -23,6 +23,7 @@ MAX_GROWTH_BYTES = 64
 a frame of any codec can be read into it."""
 
 _FIELDS = struct.Struct("<4sHHIIQIIQQ16s32s32s16sQ16s16s32s")
+_TOKENS_HASH_AT = struct.calcsize("<4sHHIIQIIQQ16s32s")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_AT = HEADER_BYTES - _CHECKSUM.size
 
@@ -119,6 +120,11 @@ class FrameHeader(msgspec.Struct, frozen=True):
             dtype=_text(fields[16]),
             codec_parameters=_text(fields[17]),
         )
+
+
+def tokens_hash_in(frame: memoryview) -> bytes:
+    """The tokens' hash that a header says, without a look at the rest of it; for searches."""
+    return bytes(frame[_TOKENS_HASH_AT : _TOKENS_HASH_AT + 32])
 
 
 def _text(field: bytes) -> str:

@@ -28,6 +28,8 @@ class MissReason(enum.StrEnum):
     DEADLINE = "deadline"
     GATED = "gated"
     NO_SPACE = "no_space"
+    CHUNK_ALIGNMENT = "chunk_alignment"
+    """Less than a chunk is missing, and L1 holds another chunk in its place: one that ends later, or differs."""
 
 
 class Miss(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ import pytest
 from kvstrata.cli import main
 from kvstrata.cli import status as status_module
 from kvstrata.testing.api import Served, serving
-from kvstrata.testing.client import CHUNK_SIZE, look, make_namespace, prompt, small_settings, store
+from kvstrata.testing.client import CHUNK_SIZE, Prompt, look, make_namespace, prompt, small_settings, store
 
 TOKEN = "0123456789abcdef-token"
 SPACE = make_namespace("org/model")
@@ -233,3 +233,17 @@ def test_another_kind_of_server_is_told_apart(capsys: pytest.CaptureFixture[str]
         assert main(["tiers", "--url", f"http://127.0.0.1:{other.server_port}"]) == 1
         thread.join()
     assert "not as a kvstrata server does" in capsys.readouterr().err
+
+
+def test_explain(served: Served, shell: Shell) -> None:
+    asked = Prompt([*STORED.tokens, *range(2 * CHUNK_SIZE)], SPACE)
+    assert look(served.client, "cmpl-17-0#1", asked) == len(STORED)
+    text = shell.run("explain", "cmpl-17")
+    assert f"{len(STORED)} of {len(asked)} tokens hit" in text
+    assert f"0 - {len(STORED) - 1}" in text
+    assert "absent" in text
+    found = shell.ask("explain", "cmpl-17-0#1")
+    assert [each["state"] for each in found["ranges"]] == ["hit", "miss"]
+    assert "cmpl-17-0#1" in shell.run("explain")
+    assert shell.ask("explain")[0]["request_id"] == "cmpl-17-0#1"
+    assert main(["explain", "nobody", *shell._options]) == 1

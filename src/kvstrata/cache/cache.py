@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from kvstrata.cache.clears import Clears
+from kvstrata.cache.explain import Explanation, explain, first_missing_pieces, others_with_tokens
 from kvstrata.cache.frames import Transfer, prepare
 from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Entry, Index, State, entry_key
@@ -22,6 +25,7 @@ from kvstrata.cache.io import TierIO
 from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.prefetch import Prefetch
+from kvstrata.cache.recent import Recent
 from kvstrata.cache.walk import Walk, first_missing, walk
 from kvstrata.cache.writes import Writes
 from kvstrata.frame import HEADER_BYTES
@@ -64,6 +68,7 @@ class Cache:
         self.pool_id = pool_id
         self.index = index
         self.tiers = tiers
+        self._tier_names = [tier.name for tier in tiers]
         self.metrics = metrics
         self.gate = gate
         self.stores_frozen = False
@@ -80,6 +85,7 @@ class Cache:
         self._namespaces: dict[Namespace, Namespace] = {}
         self._lookups: dict[tuple[str, str], Lookup] = {}
         self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
+        self._recent = Recent()
 
     def intern(self, namespace: Namespace) -> Namespace:
         """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
@@ -102,7 +108,7 @@ class Cache:
                 lookup = None
             if lookup is None:
                 deadline = now + self._lookup_timeout_seconds
-                lookup = Lookup(namespace, prefix, now, deadline, first_token)
+                lookup = Lookup(request_id, namespace, prefix, now, deadline, first_token)
                 self._lookups[owner, request_id] = lookup
             hit, jobs = self._advance(lookup, now)
             if hit.num_tokens == 0 and not hit.pending:
@@ -167,12 +173,15 @@ class Cache:
             tokens_by_tier=by_tier,
             miss_reason=reason,
         )
-        first_token = reached.first_block * lookup.namespace.layout.block_size
-        self._count(lookup, lookup.hit, lookup.prefix.num_tokens - first_token)
+        lookup.first_block = reached.first_block
+        self._answered(lookup, lookup.hit)
         return lookup.hit, self._writes.used(itertools.chain(*reached.entries))
 
-    def _count(self, lookup: Lookup, hit: Hit, num_asked: int) -> None:
-        seconds = self._clock() - lookup.started_at
+    def _answered(self, lookup: Lookup, hit: Hit) -> None:
+        lookup.answered_at = time.time()
+        lookup.seconds = seconds = self._clock() - lookup.started_at
+        self._recent.add(lookup)
+        num_asked = lookup.prefix.num_tokens - lookup.first_block * lookup.namespace.layout.block_size
         self.metrics.looked_up(num_asked, hit.tokens_by_tier, hit.miss_reason, seconds)
         num_found = sum(hit.tokens_by_tier.values())
         saved = self.gate.prefill_seconds(lookup.namespace.fingerprint, num_found)
@@ -181,7 +190,38 @@ class Cache:
 
     def _why_missing(self, lookup: Lookup, reached: Walk) -> MissReason:
         first = first_missing(lookup.namespace, lookup.prefix, reached.next_block)
-        return MissReason.ABSENT if first is None else self.index.why_missing(first.chunk_hash, 0)
+        reason = MissReason.ABSENT if first is None else self.index.why_missing(first.chunk_hash, 0)
+        rest = lookup.prefix.num_tokens - reached.num_tokens
+        is_end = reached.num_tokens > 0 and rest < lookup.namespace.chunk_size
+        if reason is MissReason.ABSENT and is_end and reached.entries[-1][0].num_children:
+            return (
+                MissReason.CHUNK_ALIGNMENT
+            )  # others go on from here, in chunks that hold more, or other tokens
+        return reason
+
+    # Explain
+
+    def recent(self, limit: int) -> list[Explanation]:
+        """The lookups that were answered last, the latest first."""
+        with self._lock:
+            found = list(itertools.islice(self._recent, limit))
+            return [explain(lookup, self._tier_names) for lookup in found]
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Why a request hit what it hit; None when it is not among the last that were answered.
+
+        Searches L1 for the tokens that were missing first: about a second for a million entries, without the lock.
+        """
+        with self._lock:
+            lookup = self._recent.find(request_id)
+            if lookup is None:
+                return None
+            explanation = explain(lookup, self._tier_names)
+            entries = [] if explanation.reason is None else list(self.index.entries.values())
+            pieces = first_missing_pieces(lookup) if entries else []
+            stored = next((e for p in pieces if (e := self.index.get(p.chunk_hash, 0))), None)
+        others = () if stored is None else others_with_tokens(self.pool, stored, entries)
+        return msgspec.structs.replace(explanation, same_tokens=others)
 
     # Store
 

@@ -12,10 +12,12 @@ class Lookup:
     """One request's lookup, from its first call until its release."""
 
     __slots__ = (
+        "answered_at",
         "candidates",
         "deadline",
         "decisions",
         "fetched",
+        "first_block",
         "first_token",
         "held_by_tier",
         "hit",
@@ -29,13 +31,22 @@ class Lookup:
         "probed",
         "reason",
         "released",
+        "request_id",
+        "seconds",
         "started_at",
         "waiting_for",
     )
 
     def __init__(
-        self, namespace: Namespace, prefix: Prefix, now: float, deadline: float, first_token: int = 0
+        self,
+        request_id: str,
+        namespace: Namespace,
+        prefix: Prefix,
+        now: float,
+        deadline: float,
+        first_token: int = 0,
     ) -> None:
+        self.request_id = request_id
         self.namespace = namespace
         self.prefix = prefix
         self.first_token = first_token
@@ -67,6 +78,12 @@ class Lookup:
         """Why less was loaded than the tiers hold."""
         self.hit: Hit | None = None
         """The answer, once there is one."""
+        self.first_block = 0
+        """Where the walk that was answered with began."""
+        self.answered_at = 0.0
+        """When it was answered, in Unix seconds."""
+        self.seconds = 0.0
+        """How long that took."""
         self.released = False
 
     def asks(self, namespace: Namespace, prefix: Prefix, first_token: int) -> bool:

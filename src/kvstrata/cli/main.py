@@ -20,6 +20,7 @@ from kvstrata.cli import (
     config,
     demo,
     doctor,
+    explain,
     jobs,
     keys,
     metrics,
@@ -57,6 +58,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(metrics.app, name="metrics")
 app.command("status", epilog=status.EXAMPLE)(status.status)
 app.command("tiers", epilog=status.TIERS_EXAMPLE)(status.tiers)
+app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 app.command("clear", epilog=clear.EXAMPLE)(clear.clear)
 app.command("pin", epilog=pins.PIN_EXAMPLE)(pins.pin)
 app.command("unpin", epilog=pins.UNPIN_EXAMPLE)(pins.unpin)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
+from kvstrata.cache.recent import MAX_RECENT
 from kvstrata.errors import OperationError
 from kvstrata.http.bodies import (
     ClearBody,
@@ -27,6 +28,7 @@ from kvstrata.operations.entries import Deleted, EntryDetails, EntryPage
 from kvstrata.operations.jobs import JobReport
 from kvstrata.operations.pins import PinReport
 from kvstrata.operations.prompts import Coverage, NamespaceReport
+from kvstrata.operations.requests import RequestReport
 from kvstrata.operations.runtime import RuntimeReport
 from kvstrata.operations.scope import Scope
 from kvstrata.operations.tiers import TierReport
@@ -45,6 +47,7 @@ def manage_router(operations: Operations) -> APIRouter:
     """All routes over ``operations``."""
     router = APIRouter(responses=responses(401, 403, 422, 500))
     _add_views(router, operations)
+    _add_requests(router, operations)
     _add_entries(router, operations)
     _add_pins(router, operations)
     _add_jobs(router, operations)
@@ -75,6 +78,18 @@ def _add_views(router: APIRouter, operations: Operations) -> None:
         Without side effect: nothing is moved, kept, or counted as a look-up.
         """
         return operations.coverage(body.tokens, body.salt, body.model_name, body.namespace)
+
+
+def _add_requests(router: APIRouter, operations: Operations) -> None:
+    @router.get("/requests", tags=["requests"])
+    def list_requests(limit: Annotated[int, Query(ge=1, le=MAX_RECENT)] = 50) -> list[RequestReport]:
+        """The look-ups that were answered last, the latest first, each explained."""
+        return operations.recent(limit)
+
+    @router.get("/explain/{request_id:path}", tags=["requests"], responses=responses(404))
+    def explain(request_id: Name) -> RequestReport:
+        """Why a request hit what it hit. Of the last few hundred; an engine's request id is enough."""
+        return operations.explain(request_id)
 
 
 def _add_entries(router: APIRouter, operations: Operations) -> None:

@@ -9,13 +9,15 @@ import msgspec
 
 from kvstrata.cache.cache import Cache
 from kvstrata.cache.index import Entry
+from kvstrata.cache.recent import MAX_RECENT
 from kvstrata.config import SETTINGS, Settings, mask, tier_configs
-from kvstrata.errors import OperationError
+from kvstrata.errors import NotFoundError, OperationError
 from kvstrata.metrics import L1
 from kvstrata.operations.entries import Entries
 from kvstrata.operations.jobs import Job, JobReport, Jobs
 from kvstrata.operations.pins import PinReport, Pins
 from kvstrata.operations.prompts import Coverage, Prompts, hash_tokens
+from kvstrata.operations.requests import RequestReport, report_request
 from kvstrata.operations.runtime import Runtime
 from kvstrata.operations.scope import Scope
 from kvstrata.operations.tiers import TierReport, report_tiers
@@ -58,6 +60,23 @@ class Operations:
         """How much of a prompt is held, in each namespace that is meant."""
         namespaces = self.prompts.chosen(model_name, fingerprint)
         return [self.prompts.coverage(namespace, tokens, salt) for namespace in namespaces]
+
+    def recent(self, limit: int) -> list[RequestReport]:
+        """The look-ups that were answered last, the latest first."""
+        return [report_request(explanation) for explanation in self._cache.recent(limit)]
+
+    def explain(self, request_id: str) -> RequestReport:
+        """Why a request hit what it hit.
+
+        Raises:
+            NotFoundError: it is not among the last that were answered.
+        """
+        explanation = self._cache.explain(request_id)
+        if explanation is None:
+            raise NotFoundError(
+                f"no look-up of request {request_id!r} is among the last {MAX_RECENT} that were answered"
+            )
+        return report_request(explanation)
 
     # Do
 
