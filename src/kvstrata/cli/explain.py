@@ -60,7 +60,7 @@ def _print_one(found: dict[str, Any]) -> None:
     hit = f"{found['num_hit_tokens']} of {found['num_tokens']} tokens hit"
     print(f"{found['request_id']} ({found['model_name']}): {hit}, after {took}: {found['detail']}")
     print_table(
-        ("tokens", "", "where or why"),
+        ("tokens", "state", "where or why"),
         [
             (
                 f"{each['first_token']} - {each['first_token'] + each['num_tokens'] - 1}",
