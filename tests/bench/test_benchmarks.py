@@ -16,6 +16,7 @@ from kvstrata.errors import ConfigError
 from kvstrata.testing.codec import make_payload
 from kvstrata.testing.redis_cluster import RedisCluster
 from kvstrata.testing.redis_server import RedisServer
+from kvstrata.testing.remote_server import RemoteServerThread
 from kvstrata.tiers.open import open_tier
 from kvstrata.types import KVLayout
 
@@ -76,6 +77,14 @@ def test_tier_on_a_cluster_is_compared_with_the_nodes_that_have_the_names() -> N
         report = tier.run(tier.TierBenchConfig(url=cluster.url, **SMALL_FRAMES))
         assert list(report.ratios) == ["read_over_raw", "write_over_raw"]
         assert [node.ask("DBSIZE") for node in cluster.nodes] == [0, 0, 0]
+
+
+def test_tier_on_a_remote_server_leaves_nothing_there() -> None:
+    with RemoteServerThread(token=b"geheim") as server:
+        report = tier.run(tier.TierBenchConfig(url=server.url, **SMALL_FRAMES))
+        assert list(report.ratios) == ["read_over_raw", "write_over_raw"]
+        assert "geheim" not in json.dumps(report.config)
+        assert len(server.service.store) == 0
 
 
 @pytest.mark.parametrize("scheme", ["disk", "file"])

@@ -79,6 +79,12 @@ class FakeStream:
         view[:count], self._data = self._data[:count], self._data[count:]
         return count
 
+    async def receive_all(self, view: memoryview) -> bool:
+        done = 0
+        while done < len(view) and (count := await self.receive(view[done:])):
+            done += count
+        return done == len(view)
+
     async def send(self, parts: Sequence[Buffer]) -> None:
         self.sent += sum(map(len, parts))
 

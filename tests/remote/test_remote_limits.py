@@ -146,7 +146,8 @@ def test_a_client_that_does_not_read_is_hung_up_on_and_holds_no_memory(
 
 def test_many_slow_writers_leave_room_for_readers_and_the_entries_that_are_there() -> None:
     """What is being received is bounded: it cannot evict the rest."""
-    with RemoteServerThread(max_bytes=64 << 20, max_frame_bytes=4 << 20, message_seconds=1.0) as server:
+    options = {"max_frame_bytes": 4 << 20, "message_seconds": 1.0, "min_bytes_per_second": 1 << 40}
+    with RemoteServerThread(max_bytes=64 << 20, **options) as server:
         keys = make_keys(30)
         with contextlib.closing(LmTier(LmOptions(url=server.url))) as tier, contextlib.ExitStack() as stack:
             tier.write(keys, [make_frame(1_000_000, seed) for seed in range(30)])
@@ -158,6 +159,8 @@ def test_many_slow_writers_leave_room_for_readers_and_the_entries_that_are_there
             assert server.service.store.used_bytes <= 30 * 1_003_520 + (16 << 20) + 4 * 4096
             assert all(tier.contains(keys))
             assert not any(isinstance(result, Miss) for result in read_frames(tier, keys))
+            for client in slow[4:]:
+                client.sock.close()
             tier.write(keys[:1], [make_frame(2_000_000)])  # it waits for its turn
             assert read_frames(tier, keys[:1]) == [bytes(make_frame(2_000_000))]
 

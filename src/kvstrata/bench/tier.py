@@ -29,7 +29,8 @@ from kvstrata.tiers.redis.url import SCHEMES
 from kvstrata.types import HASH_BYTES, KVLayout, Miss, Namespace
 
 _TARGETS = {"read_over_raw": Target(at_least=0.8), "write_over_raw": Target(at_least=0.8)}
-_RAW_SCHEMES = frozenset({*SCHEMES, "unix", *DIRECTORY_SCHEMES, "lm", "s3", "mooncakestore", "infinistore"})
+_RAW_SCHEMES = frozenset({*SCHEMES, "unix", *DIRECTORY_SCHEMES, "s3", "mooncakestore", "infinistore"})
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _BLOCK_BYTES = 30 * 98_304
 
 
@@ -124,7 +125,7 @@ def _measure(config: TierBenchConfig, tier: Tier, url: str, progress: Callable[[
     buffers = [memoryview(bytearray(config.frame_bytes)) for _ in frames]
     for buffer in buffers:
         buffer[:] = bytes(config.frame_bytes)
-    has_raw_loop = urlsplit(url).scheme in _RAW_SCHEMES
+    has_raw_loop = _has_raw_loop(url)
     try:
         for number in range(config.runs + 1):
             progress(f"round {number} of {config.runs}" if number else "warm-up")
@@ -135,6 +136,15 @@ def _measure(config: TierBenchConfig, tier: Tier, url: str, progress: Callable[[
     finally:
         tier.delete(keys)
     return samples
+
+
+def _has_raw_loop(url: str) -> bool:
+    parts = urlsplit(url)
+    if (
+        parts.scheme == "lm"
+    ):  # what it is compared with is a bare server here: of no use for a server elsewhere
+        return parts.hostname in _LOOPBACK
+    return parts.scheme in _RAW_SCHEMES
 
 
 def _raw_round(config: TierBenchConfig, url: str, into: Samples) -> None:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _BACKLOG = 1024
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _RETRY_SECONDS = 0.2
-_SWEEP_SECONDS = 1.0
+_SWEEP_SECONDS = 0.25
 _SOCKET_BYTES = 1 << 20
 
 
@@ -126,9 +126,13 @@ class RemoteServer:
         return TLSStream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     async def _sweep(self) -> None:
+        """Drop what has expired, and hang up on clients that are late."""
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             self.service.expire()
+            for task, session in self._sessions.items():
+                if session is not None and session.is_late():
+                    task.cancel()
 
     async def _drain(self) -> None:
         """Idle clients are hung up on; those in the middle of a message get the time to complete it."""

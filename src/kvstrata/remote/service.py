@@ -25,6 +25,8 @@ _MAX_SCANS = 16
 _MAX_EXAMINED = 1 << 16
 """Keys looked at for one page."""
 _MAX_PAGE = 4096
+_PATIENCE = 2
+"""How long a value waits for its turn to be received, in times of a message."""
 _QUIET_SECONDS = 10.0
 """Complaints about clients within this time are counted, not logged one by one."""
 
@@ -140,7 +142,7 @@ class Service:
         if size > self.options.max_frame_bytes or not self.store.fits(size):
             self.counters.dropped_writes += 1
             return wire.Status.TOO_LARGE
-        if not await self.in_flight.take(size, self.options.message_seconds):
+        if not await self.in_flight.take(size, _PATIENCE * self.options.message_seconds):
             self.counters.dropped_writes += 1
             return wire.Status.FULL
         try:
@@ -175,7 +177,7 @@ class Service:
         size = self.shelf.size(key)
         if size is None or size > self.options.max_frame_bytes or not self.store.fits(size):
             return None
-        if not await self.in_flight.take(size, self.options.message_seconds):
+        if not await self.in_flight.take(size, _PATIENCE * self.options.message_seconds):
             return None
         try:
             return await self._load(self.shelf, key, size)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import secrets
+import time
 from collections.abc import Sequence
 
 from kvstrata.errors import ProtocolError
@@ -18,6 +20,9 @@ from kvstrata.types import Buffer
 _FLUSH_BYTES = 256 << 10
 """Small answers are sent together, up to about this."""
 _FLUSH_PARTS = 256
+_TURN = 16
+"""Messages of one client after which others have their turn in any case."""
+_NEVER = math.inf
 
 
 class Session:
@@ -36,9 +41,13 @@ class Session:
         self._extended = False
         self._trusted = not service.options.token
         self.busy = False
+        self.deadline = _NEVER
+        """When the client must have sent or taken what is waited for, on the clock ``time.monotonic``. A timer for
+        each wait would cost more than the rest of a small message."""
 
     async def run(self) -> None:
         """Serve until the connection ends. Raises nothing but what cancels it."""
+        served = 0
         try:
             while not self._service.draining and await self._wait():
                 self.busy = True
@@ -47,50 +56,63 @@ class Session:
                 else:
                     await self._serve_request()
                 self.busy = False
-                await asyncio.sleep(0)  # a client that never lets the socket run dry is not the only one
+                served += 1
+                if served % _TURN == 0:
+                    await asyncio.sleep(0)  # a client that never lets the socket run dry is not the only one
         except ProtocolError as error:
             self._service.complain(f"{self._peer} is hung up on: {error}")
-        except TimeoutError:
+        except asyncio.CancelledError:
+            if not self.is_late():
+                raise
             self._service.complain(f"{self._peer} is hung up on: it is too slow")
         except OSError:
             pass  # it is gone
         finally:
             self.busy = False
+            self.deadline = _NEVER
             self._stream.close()
 
-    async def _wait(self) -> bool:
-        if self._trusted:
-            return await self._input.wait()
-        async with asyncio.timeout(self._options.message_seconds):
-            return await self._input.wait()
+    def is_late(self) -> bool:
+        """Whether the client has not done in time what it is waited for. Whoever finds that cancels the task."""
+        return self.deadline < time.monotonic()
 
-    def _within(self, num_bytes: int) -> asyncio.Timeout:
-        """The time for a message, or part of one, of that many bytes."""
-        seconds = num_bytes / self._options.min_bytes_per_second
-        return asyncio.timeout(self._options.message_seconds + seconds)
+    async def _wait(self) -> bool:
+        if not self._trusted:
+            self._allow(0)
+        return await self._input.wait()
+
+    def _allow(self, num_bytes: int) -> None:
+        """Give the client the time for a message, or part of one, of that many bytes, from now on."""
+        seconds = self._options.message_seconds + num_bytes / self._options.min_bytes_per_second
+        self.deadline = time.monotonic() + seconds
 
     async def _send(self, parts: Sequence[Buffer], num_bytes: int = 0) -> None:
-        async with self._within(num_bytes):
-            await self._stream.send(parts)
+        self._allow(num_bytes)
+        await self._stream.send(parts)
+        self.deadline = _NEVER
 
     async def _receive(self, key: bytes, size: int) -> Entry | Status:
         """An entry with the ``size`` bytes that come next; if there is none, they are dropped."""
 
         async def fill(view: memoryview) -> None:
-            async with self._within(size):
-                await self._input.into(view)
+            self._allow(size)
+            await self._input.into(view)
+            self.deadline = _NEVER
 
+        self.deadline = _NEVER  # others may be before it; that is not its fault
         received = await self._service.receive(key, size, fill)
         if not isinstance(received, Entry):
-            async with self._within(size):
-                await self._input.drop(size)
+            self._allow(size)
+            await self._input.drop(size)
+            self.deadline = _NEVER
         return received
 
     # -- the plain language
 
     async def _serve_request(self) -> None:
-        async with self._within(0):
-            request = Request.unpack(await self._input.take(wire.REQUEST_BYTES))
+        self._allow(0)
+        request = Request.unpack(await self._input.take(wire.REQUEST_BYTES))
+        self.deadline = _NEVER
         nonce = wire.hello_nonce(request) if self._options.extensions else None
         if nonce is not None:
             await self._greet(nonce)
@@ -151,12 +173,13 @@ class Session:
 
     async def _serve_call(self) -> None:
         try:
-            async with self._within(wire.MAX_KEYS_BYTES):
-                call = Call.unpack(await self._input.take(wire.CALL_BYTES))
-                if not self._trusted:
-                    await self._check_proof(call)
-                    return
-                keys = wire.unpack_keys(await self._input.take(call.keys_bytes), call.num_keys)
+            self._allow(wire.MAX_KEYS_BYTES)
+            call = Call.unpack(await self._input.take(wire.CALL_BYTES))
+            if not self._trusted:
+                await self._check_proof(call)
+                return
+            keys = wire.unpack_keys(await self._input.take(call.keys_bytes), call.num_keys)
+            self.deadline = _NEVER
             await self._answer(call, keys)
         except ProtocolError as error:
             text = str(error).encode()

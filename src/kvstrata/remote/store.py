@@ -9,6 +9,7 @@ in progress is never torn by what replaces its entry.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import math
@@ -68,6 +69,8 @@ class Store:
             raise ConfigError(
                 f"no memory for a store of {capacity_bytes} bytes (--max-size-gb): {error}"
             ) from error
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
         self._slots = SlotAllocator(capacity_bytes)
         self._policy = policy

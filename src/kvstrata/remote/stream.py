@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvstrata.types import Buffer
@@ -24,6 +24,9 @@ class Stream(Protocol):
     async def receive(self, view: memoryview) -> int:
         """Put what has come, at least a byte, to the start of ``view``; 0 at the end."""
 
+    async def receive_all(self, view: memoryview) -> bool:
+        """Fill ``view``; False when the end comes before that."""
+
     async def send(self, parts: Sequence[Buffer]) -> None:
         """Send all; the memory is the caller's again afterwards."""
 
@@ -32,14 +35,31 @@ class Stream(Protocol):
 
 
 class PlainStream:
-    """A socket without TLS."""
+    """A socket without TLS. Values of megabytes pass in few calls, so what a call costs besides copying counts."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
 
     async def receive(self, view: memoryview) -> int:
-        return await self._loop.sock_recv_into(self._sock, view)
+        while True:
+            try:
+                return self._sock.recv_into(view)
+            except BlockingIOError:
+                await self._ready(self._loop.add_reader, self._loop.remove_reader)
+
+    async def receive_all(self, view: memoryview) -> bool:
+        done, size = 0, len(view)
+        while done < size:
+            try:
+                count = self._sock.recv_into(view[done:])
+            except BlockingIOError:
+                await self._ready(self._loop.add_reader, self._loop.remove_reader)
+                continue
+            if count == 0:
+                return False
+            done += count
+        return True
 
     async def send(self, parts: Sequence[Buffer]) -> None:
         views = [memoryview(part) for part in parts if len(part)]
@@ -48,7 +68,7 @@ class PlainStream:
             try:
                 sent = self._sock.sendmsg(views[first : first + _MAX_PARTS])
             except BlockingIOError:
-                await self._writable()
+                await self._ready(self._loop.add_writer, self._loop.remove_writer)
                 continue
             while first < len(views) and sent >= len(views[first]):
                 sent -= len(views[first])
@@ -56,13 +76,14 @@ class PlainStream:
             if sent:
                 views[first] = views[first][sent:]
 
-    async def _writable(self) -> None:
+    async def _ready(self, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
         waiting = self._loop.create_future()
-        self._loop.add_writer(self._sock, _wake, waiting)
+        fd = self._sock.fileno()  # given the socket, selectors would print its addresses each time
+        add(fd, _wake, waiting)
         try:
             await waiting
         finally:
-            self._loop.remove_writer(self._sock)
+            remove(fd)
 
     def close(self) -> None:
         self._sock.close()
@@ -84,6 +105,15 @@ class TLSStream:
         data = await self._reader.read(len(view))
         view[: len(data)] = data
         return len(data)
+
+    async def receive_all(self, view: memoryview) -> bool:
+        done = 0
+        while done < len(view):
+            count = await self.receive(view[done:])
+            if count == 0:
+                return False
+            done += count
+        return True
 
     async def send(self, parts: Sequence[Buffer]) -> None:
         for part in parts:
@@ -125,23 +155,20 @@ class Input:
     async def into(self, view: memoryview) -> None:
         """Fill ``view``; what has not been received yet goes there directly."""
         done = self._take_buffered(view)
-        while done < len(view):
-            if len(view) - done >= INPUT_BYTES:
-                done += await self._some(view[done:])
-            else:
-                self._at, self._end = 0, await self._some(self._view)
-                done += self._take_buffered(view[done:])
+        if len(view) - done >= INPUT_BYTES:
+            if not await self._stream.receive_all(view[done:]):
+                raise ConnectionResetError("the client hung up within a message")
+            return
+        while done < len(view):  # the rest of a head; what follows it is taken along
+            self._at, self._end = 0, await self._stream.receive(self._view)
+            if self._end == 0:
+                raise ConnectionResetError("the client hung up within a message")
+            done += self._take_buffered(view[done:])
 
     def _take_buffered(self, view: memoryview) -> int:
         count = min(len(view), self._end - self._at)
         view[:count] = self._view[self._at : self._at + count]
         self._at += count
-        return count
-
-    async def _some(self, view: memoryview) -> int:
-        count = await self._stream.receive(view)
-        if count == 0:
-            raise ConnectionResetError("the client hung up within a message")
         return count
 
     async def drop(self, size: int) -> None:
