@@ -112,7 +112,7 @@ def _add_entries(router: APIRouter, operations: Operations) -> None:
         """One entry in every tier. Its frames are read and checked."""
         return entries.get(key)
 
-    @router.delete("/entries/{key:path}", tags=["entries"])
+    @router.delete("/entries/{key:path}", tags=["entries"], responses=responses(404))
     def delete_entry(key: Key) -> Deleted:
         """Delete one entry everywhere: from L1 now, from other tiers after the writes that are queued."""
         return entries.delete([key])
