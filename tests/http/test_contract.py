@@ -88,4 +88,4 @@ def test_nothing_is_answered_without_the_token(document: BaseSchema) -> None:
 def test_the_server_is_as_it_was(served: Served) -> None:
     """After all of the above."""
     assert served.api.get("/health")["status"] == "ok"
-    assert len(served.api.get("/runtime")) == 6
+    assert served.api.get("/runtime")["l1_capacity_bytes"] > 0

@@ -26,6 +26,7 @@ from kvstrata.testing.client import (
     store,
     wait_until,
 )
+from kvstrata.testing.redis_server import RedisServer
 
 SPACE = make_namespace("org/model")
 OTHER = make_namespace("org/other", world_size=2)
@@ -344,6 +345,34 @@ def test_a_bypassed_tier_is_neither_read_nor_written(served: Served, api: Api) -
     assert api.ask("PATCH", "/runtime", {"bypass": {"l1": True}}).status == 422
     assert api.ask("PATCH", "/runtime", {"bypass": {"no": True}, "stores_frozen": True}).status == 404
     assert api.get("/runtime")["stores_frozen"] is False
+
+
+def test_the_life_of_entries_changes(tmp_path: Path) -> None:
+    with RedisServer() as redis:
+        settings = small_settings(
+            local_disk=str(tmp_path / "kv"), remote_url=redis.url, ttl_seconds=1000, runtime_dir=str(tmp_path)
+        )
+        with serving(settings) as served:
+            first, second, third = (prompt(CHUNK_SIZE, seed, SPACE) for seed in (1, 2, 3))
+            put(served, first)
+            assert served.api.get("/runtime")["ttl_seconds"] == {"redis": 1000}
+            wanted = {"ttl_seconds": {"redis": 50}}
+            assert served.api.ask("PATCH", "/runtime", wanted).json["ttl_seconds"] == {"redis": 50}
+            put(served, second)
+            assert served.api.ask("PATCH", "/runtime", {"ttl_seconds": {"redis": None}}).status == 200
+            put(served, third)
+            left = [
+                redis.ask("TTL", SPACE.key(stored.pieces[0].chunk_hash, 0) + "kv_bytes")
+                for stored in (first, second, third)
+            ]
+            assert 900 < left[0] <= 1000
+            assert 0 < left[1] <= 50
+            assert left[2] == -1
+            for name, status in (("disk", 422), ("l1", 422), ("no", 404)):
+                refused = {"ttl_seconds": {"redis": 7, name: 5}}
+                assert served.api.ask("PATCH", "/runtime", refused).status == status
+            assert served.api.ask("PATCH", "/runtime", {"ttl_seconds": {"redis": 0}}).status == 422
+            assert served.api.get("/runtime")["ttl_seconds"] == {"redis": None}
 
 
 def test_the_log_level_changes(api: Api) -> None:

@@ -33,17 +33,25 @@ def runtime(
         list[str] | None, typer.Option("--bypass", metavar="TIER", help="Leave this tier alone.")
     ] = None,
     use: Annotated[list[str] | None, typer.Option("--use", metavar="TIER", help="Use it again.")] = None,
+    ttl: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ttl", metavar="TIER=SECONDS", help="Life of entries written from now on; 0 is for ever."
+        ),
+    ] = None,
     url: Url = None,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Change what can be changed while the server runs; without options, print it. A restart undoes it."""
-    body = {
+    body: dict[str, Any] = {
         "l1_budget_bytes": None if l1_budget_gb is None else int(l1_budget_gb * _GIB),
         "log_level": None if log_level is None else log_level.upper(),
         "stores_frozen": freeze_stores,
         "bypass": dict.fromkeys(bypass or [], True) | dict.fromkeys(use or [], False) or None,
     }
+    if ttl:
+        body["ttl_seconds"] = dict(map(_ttl, ttl))
     wanted = {name: value for name, value in body.items() if value is not None}
     api: ApiClient = connect(url, token_file)
     found = api.ask("PATCH", "/runtime", wanted) if wanted else api.ask("GET", "/runtime")
@@ -54,7 +62,19 @@ def runtime(
     print_table(("what", "value"), rows)
 
 
+def _ttl(text: str) -> tuple[str, int | None]:
+    name, _, seconds = text.rpartition("=")
+    if not name or not seconds.isascii() or not seconds.isdigit():
+        raise typer.BadParameter(f"--ttl {text}: expected TIER=SECONDS")
+    return name, int(seconds) or None
+
+
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return (
+            ", ".join(f"{name}={'never' if seconds is None else seconds}" for name, seconds in value.items())
+            or "-"
+        )
     if isinstance(value, list):
         return ", ".join(value) or "-"
     return str(value).lower() if isinstance(value, bool) else str(value)

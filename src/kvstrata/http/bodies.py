@@ -104,3 +104,7 @@ class RuntimeBody(Body):
     stores_frozen: bool | None = None
     bypass: Annotated[dict[Name, bool], Field(max_length=100)] | None = None
     """Tier -> whether it is left alone."""
+    ttl_seconds: (
+        Annotated[dict[Name, Annotated[int, Field(ge=1, lt=2**31)] | None], Field(max_length=100)] | None
+    ) = None
+    """Tier -> how long entries that are written from now on live; null is for ever."""

@@ -221,4 +221,5 @@ def _add_runtime(router: APIRouter, operations: Operations) -> None:
             log_level=body.log_level,
             stores_frozen=body.stores_frozen,
             bypass=body.bypass,
+            ttl_seconds=body.ttl_seconds,
         )

@@ -13,6 +13,7 @@ from kvstrata.logs import LOGGER_NAME
 from kvstrata.metrics import L1
 from kvstrata.operations.entries import Entries
 from kvstrata.operations.report import Report
+from kvstrata.tiers.base import ExpiringTier
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class RuntimeReport(Report):
     """True: nothing new is stored; what is held is served on."""
     bypassed_tiers: list[str]
     """Tiers that are neither read nor written. Misses that this causes have the reason ``tier_down``."""
+    ttl_seconds: dict[str, int | None]
+    """Tier -> how long entries that are written now live; null is for ever. Only tiers where it can be changed."""
 
 
 class Runtime:
@@ -57,6 +60,11 @@ class Runtime:
             log_level=logging.getLevelName(logging.getLogger(LOGGER_NAME).getEffectiveLevel()),
             stores_frozen=self._cache.stores_frozen,
             bypassed_tiers=[tier.name for tier in self._cache.tiers if tier.breaker.bypassed],
+            ttl_seconds={
+                tier.name: tier.tier.ttl_seconds
+                for tier in self._cache.tiers
+                if isinstance(tier.tier, ExpiringTier)
+            },
         )
 
     def change(
@@ -66,6 +74,7 @@ class Runtime:
         log_level: str | None = None,
         stores_frozen: bool | None = None,
         bypass: Mapping[str, bool] | None = None,
+        ttl_seconds: Mapping[str, int | None] | None = None,
     ) -> RuntimeReport:
         """Change what is not None, all or nothing.
 
@@ -76,6 +85,9 @@ class Runtime:
         """
         with self._lock:
             self._check(l1_budget_bytes, log_level, bypass or {})
+            expiring = {self._expiring(name): seconds for name, seconds in (ttl_seconds or {}).items()}
+            for tier, seconds in expiring.items():
+                tier.set_ttl(seconds)
             if log_level is not None:
                 logging.getLogger(LOGGER_NAME).setLevel(log_level)
             if stores_frozen is not None:
@@ -103,6 +115,12 @@ class Runtime:
                 f"l1_budget_bytes is {l1_budget_bytes:,}; the pool has {capacity:,}, and to make it larger takes "
                 "a restart with another max_local_cpu_size"
             )
+
+    def _expiring(self, name: str) -> ExpiringTier:
+        tier = None if name == L1 else self._entries.tier(name).tier
+        if isinstance(tier, ExpiringTier):
+            return tier
+        raise OperationError(f"tier {name}: how long its entries live cannot be changed while it runs")
 
     def _resize(self, budget_bytes: int) -> None:
         with self._cache.guarded() as index:

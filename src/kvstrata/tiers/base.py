@@ -86,3 +86,16 @@ class Tier(ABC):
 
     def close(self) -> None:  # noqa: B027  most tiers have something to release, not all
         """Release connections and files. No other call follows. Idempotent."""
+
+
+class ExpiringTier(Tier):
+    """A tier whose entries expire, after a time that may be changed while it is in use."""
+
+    @property
+    @abstractmethod
+    def ttl_seconds(self) -> int | None:
+        """How long entries that are written now live; None: for ever."""
+
+    @abstractmethod
+    def set_ttl(self, seconds: int | None) -> None:
+        """Change it. What is stored already keeps its time. ``seconds`` is at least 1."""

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import msgspec
+
 from kvstrata.errors import ConfigError, TierFull
-from kvstrata.tiers.base import Tier, TierOptions
+from kvstrata.tiers.base import ExpiringTier, TierOptions
 from kvstrata.tiers.lm import extended, plain, wire
 from kvstrata.tiers.lm.endpoint import parse_url, read_token
 from kvstrata.tiers.lm.server import Server
@@ -47,7 +49,7 @@ class LmOptions(TierOptions, frozen=True, kw_only=True):
         return f"LmOptions(name={self.name!r})"
 
 
-class LmTier(Tier):
+class LmTier(ExpiringTier):
     """Frames in a server that speaks ``lm://``. Which language it speaks is found out with each connection."""
 
     kind: ClassVar[str] = "lm"
@@ -162,6 +164,13 @@ class LmTier(Tier):
                 return TierStats()
             entries, used_bytes, budget_bytes = extended.stats(connection)
         return TierStats(entries, used_bytes, budget_bytes)
+
+    @property
+    def ttl_seconds(self) -> int | None:
+        return self.options.ttl_seconds
+
+    def set_ttl(self, seconds: int | None) -> None:
+        self.options = msgspec.structs.replace(self.options, ttl_seconds=seconds)
 
     def describe(self) -> str:
         return self._where

@@ -9,8 +9,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import msgspec
+
 from kvstrata.errors import ConfigError, TierError, TierFull, TierPartlyUnavailable, TierUnavailable
-from kvstrata.tiers.base import Tier, TierOptions
+from kvstrata.tiers.base import ExpiringTier, TierOptions
 from kvstrata.tiers.redis import batch
 from kvstrata.tiers.redis.batch import Commands, Count, Get, set_command
 from kvstrata.tiers.redis.deployment import open_topology
@@ -61,7 +63,7 @@ class RedisOptions(TierOptions, frozen=True, kw_only=True):
         return f"RedisOptions(name={self.name!r})"
 
 
-class RedisTier(Tier):
+class RedisTier(ExpiringTier):
     """Frames in Redis or Valkey: one server or many."""
 
     kind: ClassVar[str] = "redis"
@@ -249,6 +251,13 @@ class RedisTier(Tier):
             used_bytes=sum(int(fields.get("used_memory", 0)) for fields in found),
             budget_bytes=sum(budgets) if all(budgets) else None,
         )
+
+    @property
+    def ttl_seconds(self) -> int | None:
+        return self.options.ttl_seconds
+
+    def set_ttl(self, seconds: int | None) -> None:
+        self.options = msgspec.structs.replace(self.options, ttl_seconds=seconds)
 
     def describe(self) -> str:
         return self._deployment.describe()
