@@ -28,6 +28,9 @@ def _option(flag: str, key: str, metavar: str) -> Any:
     )
 
 
+_OPEN_READS = typer.Option("--http-open-reads", help="Requests that only read (GET) go without the token.")
+
+
 def server(
     *,
     l1_size_gb: Annotated[float | None, _option("--l1-size-gb", "max_local_cpu_size", "GIB")] = None,
@@ -38,10 +41,7 @@ def server(
     http_host: Annotated[str | None, _option("--http-host", "http_host", "ADDRESS")] = None,
     http_port: Annotated[int | None, _option("--http-port", "http_port", "PORT")] = None,
     http_token_file: Annotated[str | None, _option("--http-token-file", "http_token_file", "FILE")] = None,
-    http_open_reads: Annotated[
-        bool | None,
-        typer.Option("--http-open-reads", help="Requests that only read (GET) go without the token."),
-    ] = None,
+    http_open_reads: Annotated[bool | None, _OPEN_READS] = None,
     local_disk: Annotated[str | None, _option("--local-disk", "local_disk", "DIR")] = None,
     max_local_disk_size: Annotated[
         float | None, _option("--max-local-disk-size", "max_local_disk_size", "GIB")
