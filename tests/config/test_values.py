@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstrata.config import SETTINGS, load_settings
@@ -150,6 +150,7 @@ def test_a_secret_in_a_wrong_value_is_masked() -> None:
     st.sampled_from(sorted(SETTINGS)),
     st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.booleans()),
 )
+@example("local_disk", "~nobody-of-that-name/kv")
 def test_any_value_is_taken_or_refused_with_a_message(key: str, value: Any) -> None:
     try:
         settings = load_settings({}, extra_config={key: value}).settings

@@ -136,7 +136,10 @@ def parse_directory(value: str, scheme: str = "file") -> str:
         path = unquote(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
     if not path:
         raise _NotAllowedError(f"expected a path or a {scheme}:// URL")
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:  # ~name of nobody
+        raise _NotAllowedError(str(error)) from None
 
 
 _REDIS_SCHEMES = (
