@@ -22,7 +22,8 @@ _BACKLOG = 1024
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _RETRY_SECONDS = 0.2
 _SWEEP_SECONDS = 0.25
-_SOCKET_BYTES = 1 << 20
+_SOCKET_BYTES = 512 << 10
+"""Measured from 256 KiB to 4 MiB without a difference; there may be thousands of them."""
 
 
 class RemoteServer:
