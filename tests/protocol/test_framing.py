@@ -35,6 +35,7 @@ MESSAGES: list[m.Message] = [
     m.Abort(0, (b"h" * 32,)),
     m.Fetch("r", 0, b"f" * 32, (b"h" * 32,)),
     m.ReportPrefill(b"f" * 32, 1000, 0.5),
+    m.ReportMove(True, 1 << 20, 0.01),
     m.Clear(),
     m.Clear(b"f" * 32, tiers=False),
     m.ListKeys("vllm@", 10),
