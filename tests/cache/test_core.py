@@ -115,6 +115,36 @@ def test_a_tier_that_lost_an_entry_gets_it_with_the_next_store() -> None:
         assert tier.contains(keys_of(asked)) == [True] * len(asked.pieces)
 
 
+# Leases
+
+
+def test_a_lookup_holds_what_took_the_place_of_a_dropped_entry() -> None:
+    tier = FaultyTier(DictTier())
+    asked = prompt(2 * CHUNK_SIZE, seed=1)
+    second = asked.pieces[1]
+    with open_core([tier], pool_bytes=POOL_BYTES) as cache:
+        namespace = cache.intern(asked.namespace)
+        put(cache, asked)
+        entry = cache.index.get(second.chunk_hash, 0)
+        assert entry is not None
+        cache.index.drop(entry)
+        tier.faults = Faults(read_delay_seconds=0.2)
+        assert cache.lookup("o", "r", namespace, asked.prefix).pending
+        cache.clear(tiers=False)  # while the look-up holds the first, and waits for the second
+        store(cache, "other", namespace, 0, asked.pieces, payload_of)
+        settle(cache)
+        hit = wait_lookup(cache, "o", "r", namespace, asked.prefix)
+        assert hit.num_tokens == len(asked)
+        for piece in hit.pieces:
+            held = cache.index.get(piece.chunk_hash, 0)
+            assert held is not None
+            assert held.leases, "nobody may take a slot that a hit names"
+        cache.release("o", "r")
+        wait_until(lambda: free_of_leases(cache), "all leases have ended")
+        cache.clear(tiers=False)
+        assert cache.l1_stats()["used_bytes"] == 0
+
+
 # Commits
 
 

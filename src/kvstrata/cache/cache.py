@@ -309,7 +309,7 @@ class Cache:
         if lookup is None:
             return
         lookup.released = True
-        for entry in lookup.leased.values():
+        for entry in lookup.leased:
             self._l1.unlease(entry)
         lookup.leased.clear()
 

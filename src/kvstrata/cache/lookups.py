@@ -73,7 +73,8 @@ class Lookup:
         """By tier, how long its reads took in the end."""
         self.fetched: dict[bytes, str] = {}
         """Names of the tiers that supplied entries for this lookup, by index key."""
-        self.leased: dict[bytes, Entry] = {}
+        self.leased: dict[Entry, None] = {}
+        """What it holds. Not by key: an entry that was dropped meanwhile may have a successor under the same one."""
         self.reason: MissReason | None = None
         """Why less was loaded than the tiers hold."""
         self.hit: Hit | None = None
@@ -97,9 +98,9 @@ class Lookup:
 
     def lease(self, entry: Entry) -> None:
         """Hold an entry, once."""
-        if entry.key not in self.leased:
+        if entry not in self.leased:
             entry.leases += 1
-            self.leased[entry.key] = entry
+            self.leased[entry] = None
 
     def tier_holding(self, position: int, shard: int) -> int | None:
         """The tier to read a shard of a candidate from: the first in order that holds it, of those whose answer is
