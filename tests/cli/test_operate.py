@@ -141,6 +141,13 @@ def test_clear_and_warm(shell: Shell, tokens: str) -> None:
     assert shell.ask("jobs")["jobs"][0]["id"] == job["id"]
 
 
+def test_an_empty_scope_does_not_clear_everything(shell: Shell) -> None:
+    for option in ("--model", "--prefix"):
+        shell.run("clear", option, "", "--yes", status=1)
+    assert shell.run("clear", "--salt", "", "--tier", "disk", "--yes").startswith("dropped")
+    assert shell.ask("tiers")["tiers"][0]["entries"] == 3
+
+
 def test_clear_asks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)

@@ -40,8 +40,10 @@ def clear(
     as_json: AsJson = False,
 ) -> int:
     """Drop everything, or what is of a prefix, a model or a salt, from all tiers or from some, after asking."""
-    scope = {"prefix": prefix, "model_name": model, "salt": salt}
-    what = ", ".join(f"{name} {value!r}" for name, value in scope.items() if value) or "everything"
+    given = {"prefix": prefix, "model_name": model, "salt": salt}
+    # An option with an empty value, as of an unset variable, does not mean everything.
+    scope = {name: value for name, value in given.items() if value is not None}
+    what = ", ".join(f"{name} {value!r}" for name, value in scope.items()) or "everything"
     api = connect(url, token_file)
     if not yes:
         if as_json or not sys.stdin.isatty():
@@ -49,12 +51,10 @@ def clear(
         if not typer.confirm(f"Drop {what} from {', '.join(tier or ['all tiers'])} of {api.url}?"):
             return _FAULT
     body = {"tiers": tier or None}
-    if what == "everything":
-        job = api.ask("POST", "/clear", body)
+    if scope:
+        job = api.ask("POST", "/entries/delete", body | scope)
     else:
-        job = api.ask(
-            "POST", "/entries/delete", body | {name: value for name, value in scope.items() if value}
-        )
+        job = api.ask("POST", "/clear", body)
 
     def tell(job: dict[str, Any]) -> str:
         parts = [f"{name} {count:,}" for name, count in job["result"].items()]
