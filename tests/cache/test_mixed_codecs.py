@@ -19,6 +19,10 @@ from kvstrata.codecs.open import Decoders, open_codec
 from kvstrata.config import Settings
 from kvstrata.errors import ConfigError
 from kvstrata.frame import MAGIC, FrameHeader
+from kvstrata.operations.entries import Entries
+from kvstrata.operations.jobs import Job
+from kvstrata.operations.scope import Scope
+from kvstrata.operations.verify import Verification
 from kvstrata.testing.client import CHUNK_SIZE, Prompt, look, prompt
 from kvstrata.testing.client import store as store_all
 from kvstrata.testing.codec import ZipCodec, make_payload
@@ -167,6 +171,20 @@ def test_a_configured_chain_encrypts_what_is_on_disk(keys: dict[str, str], tmp_p
     Path(keys["key_file"]).chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         LocalClient(settings)
+
+
+def test_what_came_encoded_is_not_damaged_in_l1() -> None:
+    asked = prompt(2 * CHUNK_SIZE, seed=1)
+    with open_core([DictTier()], pool_bytes=POOL_BYTES, codecs=[ZipCodec()]) as cache:
+        put(cache, asked)
+        cache.clear(tiers=False)
+        assert get(cache, asked).num_tokens == len(asked)
+        job = Job("verify")
+        Verification(cache, Entries(cache)).verify(job, ["l1", "tier0"], Scope(), None, delete_bad=True)
+        assert job.result["l1"] == {"checked": 0, "bad": 0, "gone": 0, "bad_keys": [], "unsealed": 2}
+        assert job.result["tier0"]["checked"] == 2
+        assert job.result["tier0"]["bad"] == 0
+        assert len(cache.index) == 2
 
 
 class SlowCodec(ZipCodec):

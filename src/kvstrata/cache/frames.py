@@ -79,6 +79,16 @@ def _slot_header(transfer: Transfer) -> FrameHeader:
     return header if header.chunk_hash == transfer.expected.chunk_hash else transfer.expected
 
 
+def header_in_slot(transfer: Transfer) -> FrameHeader:
+    """The header that a slot has now, whole although a write may be sealing it.
+
+    Raises:
+        FrameError: it is none.
+    """
+    with _seal_lock:
+        return FrameHeader.unpack(transfer.slot)
+
+
 def seal(transfer: Transfer) -> None:
     """Complete the header in the slot, so that the slot is a whole frame of the ``naive`` codec. Idempotent."""
     with _seal_lock:

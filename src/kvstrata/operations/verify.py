@@ -6,8 +6,9 @@ import random
 from functools import partial
 
 from kvstrata.cache.cache import Cache
-from kvstrata.cache.frames import transfer_of
+from kvstrata.cache.frames import header_in_slot, transfer_of
 from kvstrata.cache.index import Entry, State
+from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.errors import FrameError
 from kvstrata.frame import FrameHeader, payload_checksum
 from kvstrata.metrics import L1
@@ -23,8 +24,8 @@ MAX_BAD_LISTED = 100
 class Verification:
     """Reads entries and checks magic, version, sizes, checksums and whose key they are under. Work of jobs.
 
-    Figures per tier: ``checked``, ``bad``, ``gone`` (evicted meanwhile) and, for L1, ``unsealed``: entries that no
-    tier was given, and which therefore have no checksum yet. ``bad_keys`` lists the first hundred.
+    Figures per tier: ``checked``, ``bad``, ``gone`` (evicted meanwhile) and, for L1, ``unsealed``: entries
+    without a checksum of what is in L1, as no tier was given them as they are, or one delivered them encoded. ``bad_keys`` lists the first hundred.
     """
 
     def __init__(self, cache: Cache, entries: Entries) -> None:
@@ -73,8 +74,8 @@ class Verification:
             entry.leases += 1
         transfer = transfer_of(self._cache.pool, entry, b"", 0)
         try:
-            header = FrameHeader.unpack(transfer.slot)
-            if not any(header.payload_checksum):
+            header = header_in_slot(transfer)
+            if header.codec != NaiveCodec.name or not any(header.payload_checksum):
                 return "unsealed"
             if header.chunk_hash != entry.chunk_hash or header.num_tokens != entry.num_tokens:
                 return "another entry's header"
