@@ -399,6 +399,8 @@ def test_nothing_is_read_for_tokens_that_the_engine_has() -> None:
         assert hit.pieces[0].first_token == 4 * CHUNK_SIZE
         assert hit.tokens_by_tier == {"tier0": 2 * CHUNK_SIZE + 20}
         assert len(cache.index) == len(hit.pieces)
+        roots = {entry.root for entry in cache.index.of_namespace(None)}
+        assert roots == {asked.prefix.root}, "a deletion by salt finds them all the same"
         totals = cache.metrics.totals()
         assert totals["lookup_tokens"] == 2 * CHUNK_SIZE + 20, "the others were not asked for"
         assert cache.lookup("o", "a", namespace, asked.prefix, 0).num_tokens == 0, "another question"

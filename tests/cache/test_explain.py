@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -215,6 +216,20 @@ def test_several_shards() -> None:
             (2 * CHUNK_SIZE, ("tier0",)),
             (5, ()),
         ]
+
+
+def test_lookups_need_not_wait_until_all_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prompt(CHUNK_SIZE, seed=1)
+    with open_core(pool_bytes=POOL_BYTES) as cache:
+        namespace = cache.intern(asked.namespace)
+        for number in range(5):
+            wait_lookup(cache, "o", f"r{number}", namespace, asked.prefix)
+        lock = MagicMock(wraps=cache._lock)
+        lock.__enter__.side_effect = cache._lock.__enter__
+        lock.__exit__.side_effect = cache._lock.__exit__
+        monkeypatch.setattr(cache, "_lock", lock)
+        assert len(cache.recent(5)) == 5
+        assert lock.__enter__.call_count == 1 + 5
 
 
 def test_the_ring_is_bounded_and_finds_by_the_engines_id() -> None:

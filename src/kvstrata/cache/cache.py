@@ -205,7 +205,11 @@ class Cache:
         """The lookups that were answered last, the latest first."""
         with self._lock:
             found = list(itertools.islice(self._recent, limit))
-            return [explain(lookup, self._tier_names) for lookup in found]
+        explanations = []
+        for lookup in found:
+            with self._lock:  # not once for all of them: each takes milliseconds that look-ups would wait
+                explanations.append(explain(lookup, self._tier_names))
+        return explanations
 
     def explain(self, request_id: str) -> Explanation | None:
         """Why a request hit what it hit; None when it is not among the last that were answered.

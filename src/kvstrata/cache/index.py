@@ -104,10 +104,12 @@ class Index:
     def get(self, chunk_hash: bytes, shard: int) -> Entry | None:
         return self.entries.get(entry_key(chunk_hash, shard))
 
-    def insert(self, namespace: Namespace, piece: Piece, shard: int, state: State) -> Entry | None:
+    def insert(
+        self, namespace: Namespace, piece: Piece, shard: int, state: State, *, root: bytes = b""
+    ) -> Entry | None:
         """A new entry with a slot and one lease, evicting as needed; None when there is no room for it now.
 
-        The key must not be held.
+        The key must not be held. ``root`` is the start of its chain, where the caller knows it.
         """
         slot_bytes = HEADER_BYTES + namespace.layout.payload_bytes(piece.num_tokens) + MAX_GROWTH_BYTES
         parent = self._parent_key(piece, shard)
@@ -118,7 +120,7 @@ class Index:
             self._add_child(parent, -1)
             return None
         key = entry_key(piece.chunk_hash, shard)
-        root = piece.parent_hash if parent is None else self._root_of(parent)
+        root = (piece.parent_hash if parent is None else self._root_of(parent)) or root
         entry = Entry(key, namespace, piece.first_token, piece.num_tokens, offset, state, parent, root)
         entry.num_children = self._awaited.pop(key, 0)
         entry.leases = 1

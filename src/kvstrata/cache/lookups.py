@@ -74,7 +74,7 @@ class Lookup:
         self.fetched: dict[bytes, str] = {}
         """Names of the tiers that supplied entries for this lookup, by index key."""
         self.leased: dict[Entry, None] = {}
-        """What it holds. Not by key: an entry that was dropped meanwhile may have a successor under the same one."""
+        """What it holds. Not by key: one that was dropped meanwhile may have a successor under the same key."""
         self.reason: MissReason | None = None
         """Why less was loaded than the tiers hold."""
         self.hit: Hit | None = None

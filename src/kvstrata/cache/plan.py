@@ -109,7 +109,8 @@ def hold(
         for shard, tier in planned.reads.items():
             entry = index.get(planned.piece.chunk_hash, shard)
             if entry is None:
-                entry = index.insert(lookup.namespace, planned.piece, shard, State.LOADING)
+                root = lookup.prefix.root
+                entry = index.insert(lookup.namespace, planned.piece, shard, State.LOADING, root=root)
                 if entry is None:
                     return reads, False
                 entry.tiers = lookup.tiers_holding(planned.position, shard)

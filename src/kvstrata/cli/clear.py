@@ -51,10 +51,8 @@ def clear(
         if not typer.confirm(f"Drop {what} from {', '.join(tier or ['all tiers'])} of {api.url}?"):
             return _FAULT
     body = {"tiers": tier or None}
-    if scope:
-        job = api.ask("POST", "/entries/delete", body | scope)
-    else:
-        job = api.ask("POST", "/clear", body)
+    path = "/entries/delete" if scope else "/clear"
+    job = api.ask("POST", path, body | scope)
 
     def tell(job: dict[str, Any]) -> str:
         parts = [f"{name} {count:,}" for name, count in job["result"].items()]

@@ -16,6 +16,7 @@ from kvstrata.operations.report import Report
 MAX_PINS = 1000
 MAX_SHARE = 0.5
 """Share of L1's budget that pins may hold: the rest must stay for requests."""
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Pins:
         self._pins: dict[str, _Pin] = {}
         self._lock = threading.Lock()
         """Around ``_pins``; taken before the core's."""
+        self._look_at = 0.0
+        """When ``expire`` looks again."""
 
     def pin(self, owner: str, entries: Iterable[Entry], seconds: float, num_not_held: int = 0) -> PinReport:
         """Keep ``entries``, those of them that are held and complete.
@@ -112,10 +115,12 @@ class Pins:
         return self._end_all(lambda pin: pin.owner == owner)
 
     def expire(self) -> None:
-        """End what is over, and give back what was deleted meanwhile. Cheap; to be called every second or so."""
-        if not self._pins:
-            return
+        """End what is over, and give back what was deleted meanwhile. May be called at any time; it looks at what
+        is pinned once a second, as that may be a million entries."""
         now = time.monotonic()
+        if not self._pins or now < self._look_at:
+            return
+        self._look_at = now + _LOOK_SECONDS
         self._end_all(lambda pin: now >= pin.ends_at)
         with self._lock, self._cache.guarded() as index:
             for pin in self._pins.values():

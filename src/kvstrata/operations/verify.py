@@ -25,7 +25,8 @@ class Verification:
     """Reads entries and checks magic, version, sizes, checksums and whose key they are under. Work of jobs.
 
     Figures per tier: ``checked``, ``bad``, ``gone`` (evicted meanwhile) and, for L1, ``unsealed``: entries
-    without a checksum of what is in L1, as no tier was given them as they are, or one delivered them encoded. ``bad_keys`` lists the first hundred.
+    without a checksum of what is in L1, as no tier was given them as they are, or one delivered them encoded.
+    ``bad_keys`` lists the first hundred.
     """
 
     def __init__(self, cache: Cache, entries: Entries) -> None:
