@@ -134,6 +134,7 @@ def test_clear_and_warm(shell: Shell, tokens: str) -> None:
     assert "3 were in L1" in shell.run("warm", "--tokens", tokens, "--model", "org/model")
     assert shell.ask("clear", "--prefix", SPACE.key_prefix, "--yes")["result"] == {"l1": 3, "disk": 3}
     key = SPACE.key(STORED.pieces[0].chunk_hash, 0)
+    shell.run("warm", "--key", key, "--namespace", "no such", status=1)
     assert "1 held nowhere" in shell.run("warm", "--key", key, status=1)
     job = shell.ask("clear", "--yes", "--no-wait")
     assert job["kind"] == "clear"

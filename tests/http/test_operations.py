@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import msgspec
 import pytest
 
 from kvstrata.client import RemoteClient
@@ -262,6 +263,23 @@ def test_warming_brings_entries_to_l1(served: Served, api: Api, by: str, space: 
     assert api.get("/stats")["totals"]["hit_tokens"]["disk"] == 0
     again = api.wait_job(api.post("/warm", wanted))
     assert (again["result"]["loaded"], again["result"]["already_in_l1"]) == (0, len(all_keys))
+
+
+def test_warming_by_key_takes_the_namespace_that_is_meant(served: Served, api: Api) -> None:
+    """Keys of both look alike; an entry under the wrong one would be in the way of the right one's."""
+    other = msgspec.structs.replace(SPACE, model_fingerprint="trained further")
+    look(served.client, "other", prompt(CHUNK_SIZE, 1, other))
+    stored = prompt(2 * CHUNK_SIZE, 1, SPACE)
+    put(served, stored)
+    wanted = {"keys": keys(api)}
+    api.wait_job(api.post("/clear", {"tiers": ["l1"]}))
+    job = api.wait_job(api.post("/warm", wanted))
+    assert job["state"] == "failed"
+    assert "2 namespaces have keys like" in job["error"]
+    job = api.wait_job(api.post("/warm", wanted | {"namespace": SPACE.fingerprint.hex()[:12]}))
+    assert (job["state"], job["result"]["loaded"]) == ("done", 2)
+    look(served.client, "r", stored)
+    assert api.get("/stats")["totals"]["hit_tokens"]["l1"] == len(stored)
 
 
 def test_warming_needs_something_that_is_known(served: Served, api: Api) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +29,10 @@ def warm(
     key: Keys = None,
     tokens: Tokens = None,
     model: Model = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option("--namespace", metavar="FINGERPRINT", help="As GET /namespaces lists it, or its begin."),
+    ] = None,
     salt: SaltOption = None,
     url: Url = None,
     token_file: TokenFile = None,
@@ -42,6 +46,7 @@ def warm(
     if bool(key) == (tokens is not None):
         raise typer.BadParameter("give either --key or --tokens")
     body: dict[str, Any] = {"keys": key or None, "model_name": model, "salt": salt or ""}
+    body["namespace"] = namespace
     if tokens is not None:
         body["prompts"] = [read_tokens(tokens)]
     api = connect(url, token_file)

@@ -132,7 +132,7 @@ class Operations:
             raise OperationError("give either keys or token lists")
         namespaces = self.prompts.chosen(model_name, fingerprint)
         if keys:
-            return self.jobs.start("warm", lambda job: self._warming.warm_keys(job, keys))
+            return self.jobs.start("warm", lambda job: self._warming.warm_keys(job, namespaces, keys))
         return self.jobs.start("warm", lambda job: self._warming.warm_prompts(job, namespaces, prompts, salt))
 
     def pin_keys(self, owner: str, seconds: float, keys: Iterable[str]) -> PinReport:

@@ -48,8 +48,12 @@ class Warming:
                         sources = [name for name, keys in held.keys.items() if keys[key]]
                         self._load(job, namespace, piece, shard, sources)
 
-    def warm_keys(self, job: Job, keys: Sequence[str]) -> None:
-        """Bring entries by their keys. Each is read twice: first to learn what it is."""
+    def warm_keys(self, job: Job, namespaces: Sequence[Namespace], keys: Sequence[str]) -> None:
+        """Bring entries by their keys. Each is read twice: first to learn what it is.
+
+        Raises:
+            OperationError: a key does not tell which one of ``namespaces`` it is of.
+        """
         _begin(job, len(keys))
         for key in keys:
             if self._entries.find(key) is not None:
@@ -57,7 +61,7 @@ class Warming:
                 job.advance()
                 continue
             for tier in self._cache.tiers:
-                found = self._identify(tier, key)
+                found = self._identify(tier, namespaces, key)
                 if found is not None:
                     self._load(job, *found, parse(key).worker_id, [tier.name])
                     break
@@ -65,7 +69,9 @@ class Warming:
                 job.result["not_held"] += 1
                 job.advance()
 
-    def _identify(self, tier: TierIO, key: str) -> tuple[Namespace, Piece] | None:
+    def _identify(
+        self, tier: TierIO, namespaces: Sequence[Namespace], key: str
+    ) -> tuple[Namespace, Piece] | None:
         """What an intact frame is, when an engine here can use it."""
         try:
             frame = tier.run(partial(inspect_frame, key=key), READ_SECONDS)
@@ -74,16 +80,18 @@ class Warming:
         if isinstance(frame, Miss) or frame.header is None or frame.fault:
             return None
         header = frame.header
-        for namespace in self._cache.namespaces():
-            if namespace.layout.fingerprint == header.layout_fingerprint and key == namespace.key(
-                header.chunk_hash, header.shard
-            ):
-                # Its parent is not written in it. That costs it the protection that a continued prefix has.
-                piece = Piece(
-                    header.chunk_hash, b"", header.first_token, header.num_tokens, header.tokens_hash
-                )
-                return namespace, piece
-        return None
+        found = [
+            namespace
+            for namespace in namespaces
+            if namespace.layout.fingerprint == header.layout_fingerprint
+            and key == namespace.key(header.chunk_hash, header.shard)
+        ]
+        if len(found) > 1:
+            # In L1 under the wrong one, it would keep the right one's from being loaded or stored.
+            raise OperationError(f"{len(found)} namespaces have keys like {key}; name one (GET /namespaces)")
+        # Its parent is not written in it. That costs it the protection that a continued prefix has.
+        piece = Piece(header.chunk_hash, b"", header.first_token, header.num_tokens, header.tokens_hash)
+        return (found[0], piece) if found else None
 
     def _load(self, job: Job, namespace: Namespace, piece: Piece, shard: int, sources: Sequence[str]) -> None:
         """Read one shard from the first of ``sources`` into a slot of its own."""
