@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-faults check lint types contracts format setup setup-tools setup-demo clean
+.PHONY: chart help demo test test-unit test-faults check lint types contracts format setup setup-tools setup-demo clean
 
 help: ## What there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,7 @@ test: setup check ## Everything: lint, types, import contracts, and all tests
 	$(BIN)/python -m pytest -m "not slow and not extra" $(PYTEST_ARGS)
 
 test-unit: setup-tools ## The tests that need no vLLM
-	$(BIN)/python -m pytest -m "not slow and not vllm and not extra" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not vllm and not extra and not deploy" $(PYTEST_ARGS)
 
 test-extras: setup ## The tests of client libraries that are too large for the others (NIXL, InfiniStore)
 	$(BIN)/python -m pip install --no-deps nixl-cu12==1.5.1 infinistore==0.2.35
@@ -42,6 +42,10 @@ types: setup-tools ## mypy
 
 contracts: setup-tools ## import-linter: which layer may import which
 	$(BIN)/lint-imports
+
+chart: ## Copy Prometheus' rules and Grafana's dashboard into the Helm chart
+	cp deploy/prometheus/*.yaml deploy/helm/kvstrata/files/prometheus/
+	cp deploy/grafana/*.json deploy/helm/kvstrata/files/grafana/
 
 format: setup-tools ## Put the code into shape
 	$(BIN)/ruff check --fix .

@@ -100,7 +100,7 @@ PROJECT_FILES = (CONSTRAINTS, "pyproject.toml")
 TOOLS = Step("tools", "kvstrata, with its tools", (pip_install("--editable", ".[http,dev]"),), PROJECT_FILES)
 DEMO = Step("demo", "kvstrata, for the demo", (pip_install("--editable", ".[http,demo]"),), PROJECT_FILES)
 ALL = Step(
-    "all", "kvstrata, with everything", (pip_install("--editable", ".[http,demo,dev]"),), PROJECT_FILES
+    "all", "kvstrata, with everything", (pip_install("--editable", ".[http,demo,dev,deploy]"),), PROJECT_FILES
 )
 IMPORTED = (
     "vllm.entrypoints.openai.api_server",

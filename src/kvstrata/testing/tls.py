@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -23,17 +24,21 @@ class Certificates:
         self.directory = directory
         self.authority = self._make("authority", issuer=None)
         self._make("other_authority", issuer=None)
-        self._make("server", issuer=self.authority, address="127.0.0.1")
-        self._make("elsewhere", issuer=self.authority, address="192.0.2.1")
+        self._make("server", issuer=self.authority, addresses=["127.0.0.1"])
+        self._make("elsewhere", issuer=self.authority, addresses=["192.0.2.1"])
         self._make("client", issuer=self.authority)
-        self._make("expired", issuer=self.authority, address="127.0.0.1", days_left=-1)
+        self._make("expired", issuer=self.authority, addresses=["127.0.0.1"], days_left=-1)
 
     def path(self, name: str) -> str:
         """A file: a name with ``.crt`` or ``.key``."""
         return str(self.directory / name)
 
+    def issue(self, name: str, addresses: Sequence[str]) -> None:
+        """A further certificate, for servers at these addresses."""
+        self._make(name, issuer=self.authority, addresses=addresses)
+
     def _make(
-        self, name: str, issuer: _Issuer | None, address: str | None = None, days_left: int = 1
+        self, name: str, issuer: _Issuer | None, addresses: Sequence[str] = (), days_left: int = 1
     ) -> _Issuer:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
@@ -48,8 +53,10 @@ class Certificates:
             .not_valid_after(now + dt.timedelta(days=days_left))
             .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
         )
-        if address:
-            names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
+        if addresses:
+            names = x509.SubjectAlternativeName(
+                [x509.IPAddress(ipaddress.ip_address(each)) for each in addresses]
+            )
             builder = builder.add_extension(names, critical=False)
         certificate = builder.sign(issuer[1] if issuer else key, hashes.SHA256())
         pem = serialization.Encoding.PEM

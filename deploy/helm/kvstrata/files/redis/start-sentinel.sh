@@ -10,7 +10,7 @@ if [ ! -s "$conf" ]; then
     while :; do
         master=$(named_master)
         [ -n "$master" ] || master=${NODES%% *}
-        ! getent hosts "$master" >/dev/null || break
+        ! getent ahosts "$master" >/dev/null || break
         echo "kvstrata: waiting for the address of $master"
         sleep 1
     done
