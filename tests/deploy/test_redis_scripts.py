@@ -107,10 +107,13 @@ class Group:
         if "lmcache-redis" in secrets:
             self.password = base64.b64decode(secrets["lmcache-redis"]["data"]["redis-password"]).decode()
         for name, text in rendered.get("ConfigMap", "lmcache-redis")["data"].items():
-            quick = text.replace(
-                "down-after-milliseconds SERVICE 5000", "down-after-milliseconds SERVICE 1000"
-            )
-            (self.scripts / name).write_text(quick)
+            # Minutes of a cluster in seconds.
+            for slow, quick in (
+                ("milliseconds SERVICE 5000", "milliseconds SERVICE 1000"),
+                ("SERVICE 10000", "SERVICE 4000"),
+            ):
+                text = text.replace(slow, quick)  # noqa: PLW2901
+            (self.scripts / name).write_text(text)
         self.specs = {spec["name"]: spec for spec in pod["template"]["spec"]["containers"]}
         self.containers = {
             (kind, node): Container(self, node, spec, directory / node / kind)

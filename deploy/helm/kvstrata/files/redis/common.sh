@@ -21,21 +21,20 @@ named_master() {
     done
 }
 
-# Have another pod made master, if one can be. Fails when none can.
+# Have another pod made master, with so many attempts, one a second. Fails when none can be: a sentinel that has just
+# learnt of a new master takes up to ten seconds to find out about its replicas.
 hand_over() {
-    tries=0
-    while [ "$tries" -lt 20 ]; do
+    attempts=$1
+    while [ "$attempts" -gt 0 ]; do
         master=$(named_master)
         [ -n "$master" ] || return 1
         [ "$master" = "$ME" ] || return 0
         for sentinel in $NODES; do
-            answer=$(ask "$sentinel" "$SENTINEL_PORT" SENTINEL FAILOVER "$SERVICE") || continue
-            case $answer in
+            case $(ask "$sentinel" "$SENTINEL_PORT" SENTINEL FAILOVER "$SERVICE") in
                 OK | *INPROG*) break ;;
-                *NOGOODSLAVE*) return 1 ;;
             esac
         done
-        tries=$((tries + 1))
+        attempts=$((attempts - 1))
         sleep 1
     done
     return 1
