@@ -55,6 +55,25 @@ def get(server, path):
         return response.status, response.headers, response.read()
 
 
+def test_health_answers_while_all_threads_wait_for_something():
+    source = Source()
+    source.go_on.clear()
+    with serving(source) as server:
+        threads = [threading.Thread(target=get, args=(server, "/stats")) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        try:
+            for path in ("/health", "/ready"):
+                connection = http.client.HTTPConnection(server.host, server.port, timeout=5)
+                with contextlib.closing(connection):
+                    connection.request("GET", path)
+                    assert connection.getresponse().status == 200
+        finally:
+            source.go_on.set()
+            for thread in threads:
+                thread.join()
+
+
 @pytest.mark.parametrize(("status", "code"), [("ok", 200), ("degraded", 200), ("stopping", 503)])
 def test_health_has_a_status_code_and_the_state_of_every_tier(status, code):
     source = Source()

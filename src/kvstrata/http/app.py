@@ -21,7 +21,8 @@ HEALTHY = frozenset({"ok", "degraded"})
 
 
 class StatusSource(Protocol):
-    """What the API shows. Methods are called from several threads at once, and must not block for long."""
+    """What the API shows. Methods are called from several threads at once, and must not block for long; ``health``
+    must not block at all."""
 
     def metrics(self) -> bytes:
         """All metrics in the text format of Prometheus."""
@@ -82,13 +83,14 @@ def _add_status(app: FastAPI, source: StatusSource) -> None:
         found = source.health()
         return JSONResponse(found, status_code=200 if found["status"] in HEALTHY else 503)
 
+    # These two do not wait for one of the threads, all of which operations on a tier that hangs may have.
     @app.get("/health", tags=["status"], response_model=Health, responses=unhealthy)
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         """200 while it serves, 503 when it should be restarted; with the state of every tier."""
         return state()
 
     @app.get("/ready", tags=["status"], response_model=Health, responses=unhealthy)
-    def ready() -> JSONResponse:
+    async def ready() -> JSONResponse:
         """200 when inference engines can use it. A tier that is down is shown, and gone on without."""
         return state()
 
