@@ -180,6 +180,17 @@ def test_delete_one_by_prefix_by_model_and_by_salt(served: Served, api: Api) -> 
     assert api.ask("POST", "/entries/delete", {"prefix": "x", "tiers": ["no"]}).status == 404
 
 
+def test_a_deletion_by_salt_waits_for_a_tier_that_is_away(served: Served, api: Api) -> None:
+    put(served, prompt(2 * CHUNK_SIZE, 1, SPACE, salt="tenant"))
+    api.ask("PATCH", "/runtime", {"bypass": {"disk": True}})
+    job = api.post("/entries/delete", {"salt": "tenant"})
+    wait_until(lambda: keys(api) == [], "it has left L1")
+    assert api.get(f"/jobs/{job['id']}")["state"] == "running", "the disk has not deleted anything"
+    api.ask("PATCH", "/runtime", {"bypass": {"disk": False}})
+    assert api.wait_job(job)["result"] == {"l1": 2, "disk": 2}
+    assert keys(api, "&tier=disk") == []
+
+
 @pytest.mark.parametrize("tiers", [["l1"], ["disk"], None])
 def test_clear(served: Served, api: Api, tiers: list[str] | None) -> None:
     stored = prompt(3 * CHUNK_SIZE, 1, SPACE)

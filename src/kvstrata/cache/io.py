@@ -315,13 +315,24 @@ class TierIO:
                     batch = []
             return deleted + (self.tier.delete(batch) if batch else 0)
 
+        def cleared(deleted: int) -> None:
+            logger.info("tier %s: cleared %s (%d entries)", self.name, prefix or "everything", deleted)
+            done()
+
+        self.until_done("clear", clear, cleared)
+
+    def until_done(self, operation: str, call: Callable[[], int], done: Callable[[int], None]) -> None:
+        """Let ``call`` delete something in the background, after the writes that are queued.
+
+        It is tried until it succeeds; then ``done`` is told how many entries it deleted.
+        """
+
         def job() -> None:
-            deleted = None if self.breaker.is_open else self._call("clear", 0, clear)
+            deleted = None if self.breaker.is_open else self._call(operation, 0, call)
             if deleted is None:
                 threading.Thread(target=again, name=f"kvstrata-{self.name}-clear", daemon=True).start()
                 return
-            logger.info("tier %s: cleared %s (%d entries)", self.name, prefix or "everything", deleted)
-            done()
+            done(deleted)
 
         def again() -> None:
             if not self._closing.wait(self._probe_seconds):

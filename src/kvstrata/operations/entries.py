@@ -278,12 +278,10 @@ class Entries:
         job.result |= {tier.name: 0 for tier in chosen}
         if scope.salt is None:
             ended = [_clear(job, tier, scope) for tier in chosen]
-            for event in ended:
-                job.wait(event)
-            return
-        for tier in chosen:  # a key does not tell its salt: what L1 knew is all that can be found
-            tier.delete(known)
-            job.result[tier.name] = len(known)
+        else:  # a key does not tell its salt: what L1 knew is all that can be found
+            ended = [_delete(job, tier, known) for tier in chosen]
+        for event in ended:
+            job.wait(event)
 
     def _drop_scope(self, job: Job, entries: list[Entry], tiers: set[str]) -> None:
         dropped = 0
@@ -327,6 +325,22 @@ def _clear(job: Job, tier: TierIO, scope: Scope) -> threading.Event:
         return True
 
     tier.clear(scope.prefix, ended.set, matches)
+    return ended
+
+
+def _delete(job: Job, tier: TierIO, keys: list[str]) -> threading.Event:
+    """Begin to delete ``keys``; the event is set when it is done."""
+    ended = threading.Event()
+
+    def delete() -> int:
+        starts = range(0, len(keys), STEP)
+        return sum(tier.tier.delete(keys[at : at + STEP]) for at in starts if not job.cancelled.is_set())
+
+    def deleted(count: int) -> None:
+        job.result[tier.name] = count
+        ended.set()
+
+    tier.until_done("delete", delete, deleted)
     return ended
 
 
