@@ -297,6 +297,12 @@ def test_warming_needs_something_that_is_known(served: Served, api: Api) -> None
     assert api.ask("POST", "/warm", {"prompts": [[1, 2]]}).status == 404
     put(served, prompt(CHUNK_SIZE, 1, SPACE))
     assert api.ask("POST", "/warm", {}).status == 422
+    job = api.wait_job(api.post("/warm", {"prompts": [[1] * (3 * CHUNK_SIZE + 5)]}))
+    assert (job["state"], job["result"]["not_held"]) == ("done", 3)
+    api.ask("PATCH", "/runtime", {"bypass": {"disk": True}})
+    job = api.wait_job(api.post("/warm", {"prompts": [[1] * (3 * CHUNK_SIZE + 5)]}))
+    assert (job["result"]["not_held"], job["result"]["failed"]) == (0, 3)
+    api.ask("PATCH", "/runtime", {"bypass": {"disk": False}})
     absent = SPACE.key(b"\1" * 32, 0)
     job = api.wait_job(api.post("/warm", {"keys": [absent]}))
     assert (job["state"], job["result"]["not_held"]) == ("done", 1)

@@ -76,6 +76,11 @@ class Held:
     complete: dict[str, set[bytes]] = field(default_factory=dict)
     """Tier -> chunk hashes of which it holds all shards."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Leading tokens that L1 and the tiers hold together."""
+        return sum(piece.num_tokens for piece in (*self.l1_pieces, *self.cover))
+
     def source(self, chunk_hash: bytes) -> str | None:
         """The first tier that holds all of a piece."""
         return next((tier for tier, hashes in self.complete.items() if chunk_hash in hashes), None)
@@ -138,7 +143,7 @@ class Prompts:
             chunk_hash: all_keys[at * shards : (at + 1) * shards]
             for at, chunk_hash in enumerate(candidates.hashes())
         }
-        answers = self._ask(all_keys)
+        answers = self._ask(all_keys, candidates.chunk_ends())
         complete = {
             tier: {chunk_hash for chunk_hash, own in keys.items() if all(held[key] for key in own)}
             for tier, held in answers.items()
@@ -148,12 +153,12 @@ class Prompts:
             cover = _cover(namespace, prefix, reached.next_block, set().union(*complete.values()))
         return Held(reached.pieces, reached.entries, cover, answers, complete)
 
-    def _ask(self, keys: Sequence[str]) -> dict[str, dict[str, bool]]:
+    def _ask(self, keys: Sequence[str], chunk_ends: Sequence[range]) -> dict[str, dict[str, bool]]:
         """Which keys each tier holds, of the tiers that answer in time. All are asked at once."""
         expires_at = time.monotonic() + ASK_SECONDS
         asked = [_Question(tier.name) for tier in self._cache.tiers] if keys else []
         for tier, question in zip(self._cache.tiers, asked, strict=False):
-            tier.contains(keys, expires_at, question.done)
+            tier.contains(keys, expires_at, question.done, chunk_ends)
         for question in asked:
             question.answered.wait(max(0.0, expires_at - time.monotonic()))
         return {q.tier: dict(zip(keys, q.held, strict=True)) for q in asked if q.held is not None}

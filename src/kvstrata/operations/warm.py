@@ -37,16 +37,29 @@ class Warming:
     ) -> None:
         """Bring what the tiers hold of these token lists."""
         _begin(job, None)
-        for namespace in namespaces:
-            for tokens in prompts:
-                job.check()
-                held = self._prompts.locate(namespace, hash_tokens(namespace, tokens, salt))
-                job.result["already_in_l1"] += len(held.l1_pieces) * namespace.world_size
-                for piece in held.cover:
-                    for shard in range(namespace.world_size):
-                        key = namespace.key(piece.chunk_hash, shard)
-                        sources = [name for name, keys in held.keys.items() if keys[key]]
-                        self._load(job, namespace, piece, shard, sources)
+        for tokens in prompts:
+            missing = [self._warm_prompt(job, namespace, tokens, salt) for namespace in namespaces]
+            num_missing, outcome = min(missing)  # a prompt is one model's; others need not have it
+            job.result[outcome] += num_missing
+
+    def _warm_prompt(
+        self, job: Job, namespace: Namespace, tokens: Sequence[int], salt: str
+    ) -> tuple[int, str]:
+        """Bring what there is; how many entries there are not, and whether they are held nowhere for sure.
+
+        Those of whole chunks count: not every engine stores what is behind the last of them.
+        """
+        job.check()
+        held = self._prompts.locate(namespace, hash_tokens(namespace, tokens, salt))
+        job.result["already_in_l1"] += len(held.l1_pieces) * namespace.world_size
+        for piece in held.cover:
+            for shard in range(namespace.world_size):
+                key = namespace.key(piece.chunk_hash, shard)
+                sources = [name for name, keys in held.keys.items() if keys[key]]
+                self._load(job, namespace, piece, shard, sources)
+        num_missing = len(tokens) // namespace.chunk_size - held.num_tokens // namespace.chunk_size
+        all_answered = len(held.keys) == len(self._cache.tiers)
+        return num_missing * namespace.world_size, "not_held" if all_answered else "failed"
 
     def warm_keys(self, job: Job, namespaces: Sequence[Namespace], keys: Sequence[str]) -> None:
         """Bring entries by their keys. Each is read twice: first to learn what it is.
