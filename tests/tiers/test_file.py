@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -192,7 +193,9 @@ def test_writers_that_are_killed_leave_whole_frames_within_the_budget(
     assert seen
     monkeypatch.setattr(state, "LEASE_SECONDS", 0.2)
     with contextlib.closing(open_tier(tmp_path, 20_000_000)) as tier:
-        tier.write(make_keys(1), [make_frame(1000)])
+        deadline = time.monotonic() + 10  # the lease of one who was killed is watched for a while
+        while used_bytes(tmp_path) > 17_500_000 + 1000 and time.monotonic() < deadline:
+            tier.write(make_keys(1), [make_frame(1000)])
         assert used_bytes(tmp_path) <= 17_500_000 + 1000, "one who comes later has cleaned"
 
 
@@ -287,6 +290,59 @@ def test_unfinished_files_go_when_old_and_foreign_ones_stay(tmp_path: Path, keys
         assert list(tier.scan()) == keys[:1]
     left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert left - {f"{STATE}/cleaned"} == {*foreign, unfinished[1], key_path(keys[0])}
+
+
+def test_a_cleaning_that_fails_has_not_cleaned(
+    tmp_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: str) -> Iterator[os.DirEntry[str]]:
+        raise OSError(errno.EIO, "broken", path)
+
+    with contextlib.closing(open_tier(tmp_path, 64_000)) as tier:
+        with monkeypatch.context() as patch:
+            patch.setattr(cleaner, "entries_of", broken)
+            for key in keys[:4]:
+                with pytest.raises(TierUnavailable, match="broken|write"):
+                    tier.write([key], [make_frame(1000)])
+                assert os.listdir(tmp_path / STATE) == [], "others may clean"
+        for key in keys:
+            tier.write([key], [make_frame(10_000)])
+            assert used_bytes(tmp_path) <= 64_000
+
+
+def test_files_that_must_stay_do_not_end_a_cleaning(
+    tmp_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == Path(key_path(keys[0])).name:
+            raise PermissionError(errno.EACCES, "not yours")
+        unlink(path, missing_ok=missing_ok)
+
+    with contextlib.closing(open_tier(tmp_path, 64_000)) as tier:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", refuse)
+            for key in keys:
+                tier.write([key], [make_frame(10_000)])
+                assert used_bytes(tmp_path) <= 64_000
+            assert tier.contains(keys[:2]) == [True, False]
+
+
+def test_a_device_without_room_for_what_a_cleaning_found_keeps_no_lease(
+    tmp_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with contextlib.closing(open_tier(tmp_path)) as tier:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            patch.setattr(os, "write", full)
+            with pytest.raises(OSError, match="full"):
+                tier._cleaner.admit(200_000_000)
+        assert os.listdir(tmp_path / STATE) == []
+        tier.write(keys[:1], [make_frame(1000)])
 
 
 # -- the lease

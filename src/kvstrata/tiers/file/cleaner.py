@@ -110,12 +110,21 @@ class Cleaner:
             try:
                 next(walk)
             except StopIteration as end:
-                self._walk = None
-                self._record.publish(end.value)
-                self._lease.release()
-                self._note(end.value)
+                self._end(end.value)
                 return True
+            except OSError:  # the walk has ended here, and has not cleaned: the next one begins anew
+                self._walk = None
+                self._lease.release()
+                raise
         return True
+
+    def _end(self, cleaned: Cleaned) -> None:
+        self._walk = None
+        self._note(cleaned)
+        try:
+            self._record.publish(cleaned)
+        finally:
+            self._lease.release()
 
     def _cleaning(self) -> Generator[None, None, Cleaned]:
         """Count, then evict. Two walks, so that memory does not grow with the number of files."""
@@ -123,9 +132,7 @@ class Cleaner:
         entries, used = 0, 0
         bytes_by_second: dict[int, int] = {}
         for path, status in self._files():
-            if self._is_dead(path, status):
-                Path(path).unlink(missing_ok=True)
-            else:
+            if not (self._is_dead(path, status) and _removed(path)):
                 used += status.st_size
                 if not _is_unfinished(path):
                     entries += 1
@@ -136,8 +143,8 @@ class Cleaner:
         if excess > 0:
             newest = _newest_to_go(bytes_by_second, excess)
             for path, status in self._files():
-                if excess > 0 and not _is_unfinished(path) and _used_at(status) <= newest:
-                    Path(path).unlink(missing_ok=True)
+                goes = excess > 0 and not _is_unfinished(path) and _used_at(status) <= newest
+                if goes and _removed(path):
                     excess -= status.st_size
                     used -= status.st_size
                     entries -= 1
@@ -171,6 +178,15 @@ class Cleaner:
         with self._lock:
             self._walk = None
             self._lease.release()
+
+
+def _removed(path: str) -> bool:
+    """Delete a file; False when it must stay, as it is not ours to delete."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except PermissionError:
+        return False
+    return True
 
 
 def _is_unfinished(path: str) -> bool:

@@ -63,8 +63,12 @@ class Record:
     def publish(self, cleaned: Cleaned) -> None:
         """Tell the others; :meth:`news` does not tell us."""
         staged = f"{self._path}.{secrets.token_hex(8)}"
-        Path(staged).write_bytes(msgspec.json.encode(cleaned))
-        Path(staged).replace(self._path)
+        try:
+            Path(staged).write_bytes(msgspec.json.encode(cleaned))
+            Path(staged).replace(self._path)
+        except OSError:
+            Path(staged).unlink(missing_ok=True)
+            raise
         status = os.stat(self._path)  # noqa: PTH116 - a string
         self._seen = (status.st_mtime_ns, status.st_ino)
 
@@ -91,8 +95,13 @@ class Lease:
         except FileExistsError:
             self._remove_stale()
             return False
-        os.write(fd, f"{socket.gethostname()} {os.getpid()}\n".encode())
-        self._clock.learn(fd)
+        with contextlib.suppress(OSError):  # on a full device a lease says nothing of its holder
+            os.write(fd, f"{socket.gethostname()} {os.getpid()}\n".encode())
+        try:
+            self._clock.learn(fd)
+        except OSError:
+            os.close(fd)
+            raise
         self._fd = fd
         self._renewed_at = time.monotonic()
         return True
