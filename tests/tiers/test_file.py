@@ -302,9 +302,9 @@ def test_a_cleaning_that_fails_has_not_cleaned(
         with monkeypatch.context() as patch:
             patch.setattr(cleaner, "entries_of", broken)
             for key in keys[:4]:
-                with pytest.raises(TierUnavailable, match="broken|write"):
+                with pytest.raises(TierUnavailable, match="broken"):
                     tier.write([key], [make_frame(1000)])
-                assert os.listdir(tmp_path / STATE) == [], "others may clean"
+                assert not list((tmp_path / STATE).iterdir()), "others may clean"
         for key in keys:
             tier.write([key], [make_frame(10_000)])
             assert used_bytes(tmp_path) <= 64_000
@@ -320,13 +320,12 @@ def test_files_that_must_stay_do_not_end_a_cleaning(
             raise PermissionError(errno.EACCES, "not yours")
         unlink(path, missing_ok=missing_ok)
 
-    with contextlib.closing(open_tier(tmp_path, 64_000)) as tier:
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", refuse)
-            for key in keys:
-                tier.write([key], [make_frame(10_000)])
-                assert used_bytes(tmp_path) <= 64_000
-            assert tier.contains(keys[:2]) == [True, False]
+    with contextlib.closing(open_tier(tmp_path, 64_000)) as tier, monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        for key in keys:
+            tier.write([key], [make_frame(10_000)])
+            assert used_bytes(tmp_path) <= 64_000
+        assert tier.contains(keys[:1]) == [True]
 
 
 def test_a_device_without_room_for_what_a_cleaning_found_keeps_no_lease(
@@ -341,7 +340,7 @@ def test_a_device_without_room_for_what_a_cleaning_found_keeps_no_lease(
             patch.setattr(os, "write", full)
             with pytest.raises(OSError, match="full"):
                 tier._cleaner.admit(200_000_000)
-        assert os.listdir(tmp_path / STATE) == []
+        assert not list((tmp_path / STATE).iterdir())
         tier.write(keys[:1], [make_frame(1000)])
 
 
