@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -14,6 +15,7 @@ import pytest
 from raw_client import EXIST, KEY, PUT, RawClient
 
 from kvstrata.remote.server import raise_descriptor_limit
+from kvstrata.remote.service import InFlight
 from kvstrata.testing.remote_server import RemoteServerThread
 from kvstrata.testing.tier import make_frame, make_keys, read_frames
 from kvstrata.tiers.lm import LmOptions, LmTier, wire
@@ -270,6 +272,23 @@ def test_draining_is_bounded() -> None:
         server.stop()
         assert time.monotonic() - started < 8
         assert client.is_hung_up_on()
+
+
+def test_a_turn_that_was_given_up_is_passed_over_before_its_task_has_run() -> None:
+    async def run() -> None:
+        room = InFlight(10)
+        assert await room.take(10, 1.0)
+        late, next_one = (asyncio.create_task(room.take(6, 5.0)) for _ in range(2))
+        await asyncio.sleep(0)
+        late.cancel()
+        room.give_back(10)  # in the same turn of the loop
+        assert await next_one
+        with contextlib.suppress(asyncio.CancelledError):
+            await late
+        room.give_back(6)
+        assert await room.take(10, 0.1), "nothing of the bound is lost"
+
+    asyncio.run(run())
 
 
 def test_exist_after_a_hung_up_put_is_false(strict_server: RemoteServerThread) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from kvstrata.errors import ConfigError, TierFull
 from kvstrata.policies.lru import LRUPolicy
 from kvstrata.remote.envelope import ENVELOPE_BYTES, Envelope, disk_key, original_key
+from kvstrata.remote.service import RemoteOptions, Service
 from kvstrata.remote.shelf import Shelf
 from kvstrata.remote.store import Store
 from kvstrata.testing.remote_server import RemoteServerThread
@@ -198,6 +200,29 @@ def test_what_is_deleted_or_replaced_while_it_is_loaded_does_not_come_back(tmp_p
         await shelf.flush(5.0)
         shelf.close()
         store.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_read_from_disk_while_it_is_being_deleted_does_not_stay(tmp_path: Path) -> None:
+    async def run() -> None:
+        service = Service(RemoteOptions(host="", port=0, max_bytes=1 << 20, disk=str(tmp_path)))
+        shelf = service.shelf
+        assert shelf is not None
+        put(service.store, shelf, b"key", 10_000, 1)
+        await shelf.flush(5.0)
+        service.store.delete(b"key")
+        writer_is_free = threading.Event()
+        shelf._submit(writer_is_free.wait)
+        deleting = asyncio.create_task(service.delete([b"key"]))
+        await asyncio.sleep(0)
+        found = await service.find(b"key")  # it is still there
+        assert found is not None
+        service.store.unpin(found)
+        writer_is_free.set()
+        assert await deleting == 1
+        assert not service.contains(b"key")
+        service.close()
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -93,7 +94,8 @@ class InFlight:
             if turn.done() and not turn.cancelled():  # its turn came in the same moment
                 self.give_back(size)
             else:
-                self._waiting.remove((size, turn))
+                with contextlib.suppress(ValueError):  # passed over already
+                    self._waiting.remove((size, turn))
                 self.give_back(0)  # those behind it may have been waiting for it only
             if isinstance(error, TimeoutError):
                 return False
@@ -103,8 +105,10 @@ class InFlight:
     def give_back(self, size: int) -> None:
         """End what ``take`` began."""
         self._free += size
-        while self._waiting and self._waiting[0][0] <= self._free:
+        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self._free):
             wanted, turn = self._waiting.popleft()
+            if turn.done():  # it was cancelled, and its task has not run since
+                continue
             self._free -= wanted
             turn.set_result(None)
 
@@ -212,6 +216,8 @@ class Service:
             self.store.delete(key)
         if self.shelf is not None:
             await self.shelf.delete(distinct)
+            for key in distinct:  # what was read from disk before the files were gone
+                self.store.delete(key)
         return count
 
     def held_keys(self) -> list[bytes]:

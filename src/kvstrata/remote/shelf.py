@@ -140,6 +140,7 @@ class Shelf:
         self._stale.update(key for key in keys if key in self._loading)
         names = [disk_key(key) for key in keys]
         await asyncio.wrap_future(self._submit(partial(self._disk.delete, names)))
+        self._stale.update(key for key in keys if key in self._loading)  # begun before the files were gone
 
     def discard(self, keys: list[bytes]) -> None:
         """Delete files in the background."""
