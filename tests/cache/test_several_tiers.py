@@ -162,6 +162,18 @@ def test_what_one_tier_has_reaches_the_others_that_lack_it() -> None:
         assert [len(tier(cache, number).writes) for number in range(4)] == [8, 4, 4, 0]
 
 
+def test_frozen_stores_include_writes_of_hits() -> None:
+    asked = prompt(2 * CHUNK_SIZE, seed=1)
+    with core("all", "second_use") as cache:
+        put(cache, asked)
+        cache.stores_frozen = True
+        assert get(cache, asked).num_tokens == len(asked)
+        assert held(cache) == [2, 0]
+        cache.stores_frozen = False
+        get(cache, asked)
+        assert held(cache) == [2, 2]
+
+
 def test_what_a_tier_holds_already_is_not_written_again() -> None:
     """Its answer came too late to be heard, or another host wrote it meanwhile."""
     asked = prompt(4 * CHUNK_SIZE, seed=1)

@@ -72,7 +72,7 @@ class Cache:
         self.metrics = metrics
         self.gate = gate
         self.stores_frozen = False
-        """An operator wants nothing new to be stored; what is held is served on."""
+        """An operator wants nothing new to be stored, in no tier; what is held is served on."""
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._clock = clock
         self._l1 = L1(pool, index, keep=keep_in_l1)
@@ -175,6 +175,8 @@ class Cache:
         )
         lookup.first_block = reached.first_block
         self._answered(lookup, lookup.hit)
+        if self.stores_frozen:
+            return lookup.hit, []
         return lookup.hit, self._writes.used(itertools.chain(*reached.entries))
 
     def _answered(self, lookup: Lookup, hit: Hit) -> None:

@@ -33,7 +33,7 @@ class RuntimeReport(Report):
     """More than the budget while entries in use keep it from shrinking."""
     log_level: str
     stores_frozen: bool
-    """True: nothing new is stored; what is held is served on."""
+    """True: nothing new is stored, in no tier; what is held is served on."""
     bypassed_tiers: list[str]
     """Tiers that are neither read nor written. Misses that this causes have the reason ``tier_down``."""
     ttl_seconds: dict[str, int | None]
