@@ -218,6 +218,16 @@ def test_several_shards() -> None:
         ]
 
 
+def test_what_tiers_said_takes_a_byte_for_each_key() -> None:
+    asked = prompt(4 * CHUNK_SIZE, seed=1, namespace=make_namespace(world_size=2))
+    with open_core([DictTier(), DictTier()], pool_bytes=POOL_BYTES) as cache:
+        ask(cache, asked)
+        lookup = cache._recent.find("r")
+        assert lookup is not None
+        answers = [len(memoryview(held).tobytes()) for held in lookup.held_by_tier.values()]
+        assert answers == [2 * asked.prefix.num_blocks] * 2
+
+
 def test_lookups_need_not_wait_until_all_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = prompt(CHUNK_SIZE, seed=1)
     with open_core(pool_bytes=POOL_BYTES) as cache:

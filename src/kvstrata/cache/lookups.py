@@ -63,8 +63,8 @@ class Lookup:
         """What they were asked for."""
         self.waiting_for: set[int] = set()
         """Tiers that have not answered yet."""
-        self.held_by_tier: dict[int, list[bool]] = {}
-        """Their answers, for ``candidates`` times shards."""
+        self.held_by_tier: dict[int, bytes] = {}
+        """Their answers, for ``candidates`` times shards: 1 or 0. As bytes, because they are kept for a while."""
         self.is_planned = False
         """Whether it is decided what to read from them."""
         self.decisions: list[Decision] = []

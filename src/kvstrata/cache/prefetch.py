@@ -99,7 +99,7 @@ class Prefetch:
             if held is None:
                 lookup.reason = MissReason.TIER_DOWN
             elif not self._clears.is_running(tier, lookup.namespace):
-                lookup.held_by_tier[tier] = held
+                lookup.held_by_tier[tier] = bytes(map(bool, held))
             jobs = self._plan(lookup)
         for job in jobs:
             job()
