@@ -40,15 +40,19 @@ class Fault:
     """Whether a part of what is stored must be found while it lasts."""
 
 
-def link(link: Link, *, reset: bool = False) -> Callable[[Reached], AbstractContextManager[None]]:
+def link(
+    link: Link, *, reset: bool = False, only: slice = slice(None)
+) -> Callable[[Reached], AbstractContextManager[None]]:
+    """That state of the way to all servers, or to ``only`` some of them."""
+
     @contextmanager
     def inject(backend: Reached) -> Iterator[None]:
-        for proxy in backend.proxies:
+        for proxy in backend.proxies[only]:
             proxy.link = link
             if reset:
                 proxy.reset()
         yield
-        for proxy in backend.proxies:
+        for proxy in backend.proxies[only]:
             proxy.link = Link()
             if not link.refuses:
                 proxy.reset()  # what was damaged or held must not arrive later
@@ -60,14 +64,11 @@ def _garbage(piece: bytes) -> bytes:
     return random.Random(len(piece)).randbytes(len(piece))
 
 
+LATE = Link(to_client=Flow(delay_seconds=1.5 * OPERATION_SECONDS))
 NETWORK = [
     Fault("refuses connections", link(REFUSING), opens=True),
     Fault("accepts and never answers", link(BLACK_HOLE), opens=True),
-    Fault(
-        "answers after the deadline",
-        link(Link(to_client=Flow(delay_seconds=1.5 * OPERATION_SECONDS))),
-        opens=True,
-    ),
+    Fault("answers after the deadline", link(LATE), opens=True),
     Fault(
         "resets in the middle of a bulk",
         link(Link(to_client=Flow(reset_after_bytes=20_000)), reset=True),

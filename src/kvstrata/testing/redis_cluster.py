@@ -26,6 +26,8 @@ class RedisCluster:
     ``nodes`` are the masters as started, then their replicas in the same order. A lost node does not stop
     the others (``cluster-require-full-coverage no``). ``config`` are lines of configuration for all nodes,
     ``node_configs`` for each; ``meet_ports`` are the ports by which nodes reach each other (those for TLS).
+    ``announce`` gives, for a node's port, the one that clients are told: that of a proxy in front of it. Among
+    themselves the nodes go past the proxies (``cluster-announce-port``).
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class RedisCluster:
         config: Sequence[str] = (),
         node_configs: Sequence[Sequence[str]] = (),
         meet_ports: Sequence[int] = (),
+        announce: Callable[[int], int] | None = None,
         binary: str | None = None,
         password: str = "",
         node_timeout_ms: int = 1000,
@@ -52,17 +55,26 @@ class RedisCluster:
         ]
         self._bus_ports = [free_port() for _ in range(num_masters * (1 + replicas_per_master))]
         own = node_configs or [()] * len(self._bus_ports)
+        ports = [free_port() for _ in self._bus_ports]
+        self._client_ports = [announce(port) if announce else port for port in ports]
         self.nodes = [
-            RedisServer([*lines, f"cluster-port {bus_port}", *more], binary=binary, password=password)
-            for bus_port, more in zip(self._bus_ports, own, strict=True)
+            RedisServer(
+                [*lines, f"cluster-port {bus_port}", *_announced(port, client_port), *more],
+                binary=binary,
+                password=password,
+                port=port,
+            )
+            for port, client_port, bus_port, more in zip(
+                ports, self._client_ports, self._bus_ports, own, strict=True
+            )
         ]
-        self._meet_ports = tuple(meet_ports) or tuple(node.port for node in self.nodes)
+        self._meet_ports = tuple(meet_ports) or tuple(ports)
 
     @property
     def url(self) -> str:
         """``redis-cluster://`` with all nodes that were started, and the password if there is one."""
         login = f":{quote(self.password, safe='')}@" if self.password else ""
-        return f"redis-cluster://{login}" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        return f"redis-cluster://{login}" + ",".join(f"127.0.0.1:{port}" for port in self._client_ports)
 
     def start(self) -> None:
         """Start all nodes, share the slots, and wait until every node sees every slot served.
@@ -126,8 +138,10 @@ class RedisCluster:
                 case [int() as first, int() as last, [_, int() as port, *_], *_] if first <= slot <= last:
                     return next(
                         node
-                        for node, meet_port in zip(self.nodes, self._meet_ports, strict=True)
-                        if port in (node.port, meet_port)
+                        for node, *others in zip(
+                            self.nodes, self._meet_ports, self._client_ports, strict=True
+                        )
+                        if port in (node.port, *others)
                     )
         raise RuntimeError(f"no node serves slot {slot}")
 
@@ -181,3 +195,8 @@ class RedisCluster:
         """Kill all nodes and delete their directories."""
         for node in self.nodes:
             node.close()
+
+
+def _announced(port: int, client_port: int) -> list[str]:
+    """Configuration of a node that clients are to reach by another port than its own."""
+    return [f"cluster-announce-port {client_port}"] if client_port != port else []

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
-from kvstrata.testing.redis_server import RedisServer, done, text
+from kvstrata.testing.redis_server import RedisServer, done, free_port, text
 from kvstrata.tiers.redis.resp import Reply
 
 READY_SECONDS = 30.0
@@ -18,7 +18,9 @@ class RedisSentinel:
     """A master, a replica of it, and three sentinels. A context manager; not thread-safe.
 
     ``config`` are lines of configuration for the two servers; ``sentinel_password`` is that of the
-    sentinels themselves.
+    sentinels themselves. ``announce`` gives, for a port of a server or a sentinel, the one by which it is reached:
+    that of a proxy in front of it. Sentinels know nothing but what clients are told, so they watch the servers
+    through the proxies, and the replica follows its master through one; each other they reach past them.
     """
 
     def __init__(
@@ -30,31 +32,41 @@ class RedisSentinel:
         sentinel_password: str = "",
         binary: str | None = None,
         down_after_ms: int = 1000,
+        announce: Callable[[int], int] | None = None,
     ) -> None:
         self.service = service
         self.password = password
         self.sentinel_password = sentinel_password
         lines = ["repl-diskless-sync-delay 0", *([f'masterauth "{password}"'] if password else []), *config]
-        first = RedisServer(lines, binary=binary, password=password)
-        second = RedisServer([*lines, f"replicaof 127.0.0.1 {first.port}"], binary=binary, password=password)
-        self.servers = [first, second]
+        ports = [free_port() for _ in range(5)]
+        self._client_ports = {port: announce(port) if announce else port for port in ports}
+        follow: tuple[list[str], list[str]] = ([], [f"replicaof 127.0.0.1 {self._client_ports[ports[0]]}"])
+        self.servers = [
+            RedisServer(
+                [*lines, *more, f"replica-announce-port {self._client_ports[port]}"],
+                binary=binary,
+                password=password,
+                port=port,
+            )
+            for port, more in zip(ports[:2], follow, strict=True)
+        ]
         watch = [
-            f"sentinel monitor {service} 127.0.0.1 {first.port} 2",
+            f"sentinel monitor {service} 127.0.0.1 {self._client_ports[ports[0]]} 2",
             f"sentinel down-after-milliseconds {service} {down_after_ms}",
             f"sentinel failover-timeout {service} 5000",
             *([f'sentinel auth-pass {service} "{password}"'] if password else []),
             *([f'sentinel sentinel-pass "{sentinel_password}"'] if sentinel_password else []),
         ]
         self.sentinels = [
-            RedisServer(watch, binary=binary, password=sentinel_password, arguments=["--sentinel"])
-            for _ in range(3)
+            RedisServer(watch, binary=binary, password=sentinel_password, arguments=["--sentinel"], port=port)
+            for port in ports[2:]
         ]
 
     @property
     def url(self) -> str:
         """``redis-sentinel://`` with the service's name, and with the passwords if there are any."""
         login = f":{quote(self.password, safe='')}@" if self.password else ""
-        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        hosts = ",".join(f"127.0.0.1:{self._client_ports[sentinel.port]}" for sentinel in self.sentinels)
         own = f"?sentinel_password={quote(self.sentinel_password, safe='')}" if self.sentinel_password else ""
         return f"redis-sentinel://{login}{hosts}/{self.service}{own}"
 
@@ -111,7 +123,7 @@ class RedisSentinel:
     def wait_for_other_master(self, old: RedisServer) -> None:
         """Wait until all living sentinels name another master than ``old``."""
         living = [sentinel for sentinel in self.sentinels if sentinel.running]
-        self.wait_until(lambda: all(self._master_port(sentinel) != old.port for sentinel in living))
+        self.wait_until(lambda: all(self._by_port(self._master_port(s)) is not old for s in living))
 
     def wait_until(self, reached: Callable[[], bool], timeout_seconds: float = READY_SECONDS) -> None:
         """Wait for a state.
@@ -137,7 +149,7 @@ class RedisSentinel:
                 raise RuntimeError(f"a sentinel does not know {self.service}: {reply!r}")
 
     def _by_port(self, port: int) -> RedisServer:
-        return next(server for server in self.servers if server.port == port)
+        return next(server for server in self.servers if self._client_ports[server.port] == port)
 
     def __enter__(self) -> Self:
         try:

@@ -73,7 +73,8 @@ def text(reply: Reply) -> str:
 class RedisServer:
     """A server with its own port, unix socket and directory. A context manager; not thread-safe.
 
-    ``config`` are lines of a configuration file, and come last; ``arguments`` go to the program. A memory value
+    ``config`` are lines of a configuration file, and come last; ``arguments`` go to the program; ``port`` is a free
+    one unless given. A memory value
     that Redis would refuse is a ConfigError at once.
     After ``kill``, ``start`` starts it anew, empty.
     """
@@ -85,9 +86,10 @@ class RedisServer:
         binary: str | None = None,
         password: str = "",
         arguments: Sequence[str] = (),
+        port: int | None = None,
     ) -> None:
         check_redis_config(list(config))
-        self.port = free_port()
+        self.port = free_port() if port is None else port
         self._directory = Path(tempfile.mkdtemp(prefix="kvs-redis-"))
         self.socket_path = str(self._directory / "s")
         self._binary = binary or server_binary()
