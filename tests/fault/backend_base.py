@@ -24,6 +24,9 @@ class Backend(ABC):
     keeps: ClassVar[str] = ""
     """Why threads and descriptors of the process are not counted: what a client library keeps is its own."""
 
+    extra: ClassVar[str] = ""
+    """The client library that it wants, if that is not installed with the others."""
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.proxies: list[Proxy] = []

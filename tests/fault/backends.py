@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from backend_base import Backend
-from directories import Disk, SharedDirectory
+from directories import Disk, Nixl, SharedDirectory
 from redis_family import ClusterRedis, PlainRedis, RedisRing, SentinelRedis, TLSRedis, UnixRedis
-from stores import S3, LMCacheStore, Mooncake, RemoteStore
+from stores import S3, InfiniStore, LMCacheStore, Mooncake, RemoteStore
 
 BACKENDS: dict[str, type[Backend]] = {
     made.name: made
@@ -18,10 +18,12 @@ BACKENDS: dict[str, type[Backend]] = {
         ClusterRedis,
         Disk,
         SharedDirectory,
+        Nixl,
         S3,
         RemoteStore,
         LMCacheStore,
         Mooncake,
+        InfiniStore,
     )
 }
 """All of them, by name."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,12 +66,24 @@ def _file_in_its_place(backend: Directory) -> Iterator[None]:
     away.rename(backend.root)
 
 
+@contextmanager
+def _full(_: Directory) -> Iterator[None]:
+    """No file may grow beyond 4 KiB, and every frame is larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 DIRECTORY = [
     *f.STORED,
     *f.MACHINE,
     f.Fault("all files removed", _removed),
     f.Fault("directory gone", _gone),
     f.Fault("a file in its place", _file_in_its_place),
+    f.Fault("no room to write", _full),
 ]
 
 
@@ -98,3 +112,24 @@ class SharedDirectory(Directory):
     @property
     def tier(self) -> dict[str, Any]:
         return {"kind": "file", "path": str(self.root), "max_bytes": 1 << 30}
+
+
+class Nixl(Directory):
+    """The disk tier's files, moved by NIXL's POSIX backend."""
+
+    name = "nixl"
+    faults: ClassVar = DIRECTORY
+    in_ci: ClassVar = set()
+    keeps: ClassVar = "NIXL keeps its event descriptors"
+    extra: ClassVar = "nixl"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if importlib.util.find_spec("nixl_cu12") else "wants kvstrata[nixl] (make test-extras)"
+
+    def start(self) -> None:
+        self.root = self.directory / "kv"
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        return {"url": f"nixl://posix{self.root}?max_bytes={1 << 30}&buffer_bytes={32 << 20}"}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from unittest.mock import patch
 
 from kvstrata.testing.proxy import BLACK_HOLE, REFUSING, Flow, Link, Proxy
@@ -120,9 +120,10 @@ def restarted(backend: Served) -> Iterator[None]:
     yield
 
 
+RESTARTED = Fault("restarted empty", restarted)
 PROCESS = [
     Fault("killed, empty when it is back", killed, opens=True),
-    Fault("restarted empty", restarted),
+    RESTARTED,
     Fault("stopped (SIGSTOP)", suspended, opens=True),
 ]
 
@@ -223,12 +224,24 @@ def clock_steps(_: object) -> Iterator[None]:
         yield
 
 
+def _resolving(wait: Callable[[], object]) -> AbstractContextManager[object]:
+    """``wait`` is called when a name is to be resolved; numeric addresses need nobody's answer."""
+    resolve = socket.getaddrinfo
+
+    def asked(host: Any, *arguments: Any, **named: Any) -> object:
+        if host == "localhost" and not named.get("flags", 0) & socket.AI_NUMERICHOST:
+            wait()
+        return resolve(host, *arguments, **named)
+
+    return patch("socket.getaddrinfo", asked)
+
+
 @contextmanager
 def dns_gone(backend: Reached) -> Iterator[None]:
-    def unknown(*_: object, **__: object) -> None:
+    def unknown() -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    with patch("socket.getaddrinfo", unknown):
+    with _resolving(unknown):
         for proxy in backend.proxies:
             proxy.reset()
         yield
@@ -237,13 +250,8 @@ def dns_gone(backend: Reached) -> Iterator[None]:
 @contextmanager
 def dns_hangs(backend: Reached) -> Iterator[None]:
     """The resolver takes longer than any deadline of ours."""
-    resolve, over = socket.getaddrinfo, threading.Event()
-
-    def slow(*arguments: object, **named: object) -> object:
-        over.wait(20)
-        return resolve(*arguments, **named)  # type: ignore[arg-type]
-
-    with patch("socket.getaddrinfo", slow):
+    over = threading.Event()
+    with _resolving(lambda: over.wait(20)):
         for proxy in backend.proxies:
             proxy.reset()
         yield

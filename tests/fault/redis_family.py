@@ -156,7 +156,7 @@ TLS = [
 
 class TLSRedis(RedisBackend):
     name = "rediss"
-    faults: ClassVar = [*f.NETWORK, *TLS, *f.PROCESS, *f.STORED, *f.DNS, *f.MACHINE, OUT_OF_MEMORY, READ_ONLY]
+    faults: ClassVar = [*f.NETWORK, *TLS, *f.PROCESS, *f.STORED, *f.MACHINE, OUT_OF_MEMORY, READ_ONLY]
     in_ci: ClassVar = {"TLS certificate expired"}
 
     @classmethod
@@ -319,7 +319,7 @@ class SentinelRedis(RedisBackend):
     @property
     def tier(self) -> dict[str, Any]:
         return {
-            "url": self.sentinel.url.replace("://", "://app:secret@"),
+            "url": self.sentinel.url.replace("://", "://app:secret@").replace("127.0.0.1", "localhost"),
             "connect_timeout_seconds": f.OPERATION_SECONDS,
         }
 
@@ -366,8 +366,11 @@ def _all_killed(backend: ClusterRedis) -> Iterator[None]:
         node.start()
 
 
+NAMED = ["cluster-announce-hostname localhost", "cluster-preferred-endpoint-type hostname"]
+
+
 class ClusterRedis(RedisBackend):
-    """The nodes announce the ports of the proxies in front of them."""
+    """The nodes announce the ports of the proxies in front of them, and a name as their host."""
 
     name = "redis cluster of 3"
     faults: ClassVar = [
@@ -387,13 +390,13 @@ class ClusterRedis(RedisBackend):
 
     def start(self) -> None:
         self.cluster = self.stack.enter_context(
-            RedisCluster(config=[APP_USER], announce=lambda port: self.proxy(port).port)
+            RedisCluster(config=[APP_USER, *NAMED], announce=lambda port: self.proxy(port).port)
         )
         self.watch(self.cluster.nodes)
 
     @property
     def tier(self) -> dict[str, Any]:
         return {
-            "url": self.cluster.url.replace("://", "://app:secret@"),
+            "url": self.cluster.url.replace("://", "://app:secret@").replace("127.0.0.1", "localhost"),
             "connect_timeout_seconds": f.OPERATION_SECONDS,
         }

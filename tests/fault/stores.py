@@ -9,18 +9,23 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, ClassVar, Self
 from unittest.mock import patch
 
 import faults as f
 from backend_base import Backend
 
+from kvstrata.testing.infinistore_server import PYTHONPATH_VARIABLE, InfiniStoreServer
 from kvstrata.testing.process import ServerProcess, free_port
 from kvstrata.testing.proxy import Flow, Link
 from kvstrata.testing.remote_server import RemoteServerThread
+from kvstrata.tiers.infinistore import protocol
 from kvstrata.tiers.lm import LmOptions, LmTier
 
+_KEY = re.compile(rb"[!-~]+@[!-~]+@\d+@\d+@[0-9a-f]{16,}")
 _STATUS = re.compile(rb"HTTP/1\.1 20[0-9] [A-Za-z ]+")
 _LENGTH = re.compile(rb"Content-Length: (\d+)")
 
@@ -127,6 +132,115 @@ class Mooncake(Backend):
         }
 
 
+class Tapped(Backend):
+    """A backend that cannot list its keys: they are taken from what passes the proxy."""
+
+    def tapped(self, port: int) -> None:
+        """A proxy in front of ``port`` that notes the keys of requests."""
+        self._seen: set[str] = set()
+        self.proxy(port).link = Link(to_server=Flow(rewrite=self._note))
+
+    def _note(self, piece: bytes) -> bytes:
+        self._seen.update(key.decode() for key in _KEY.findall(piece))
+        return piece
+
+    def entries(self) -> list[str]:
+        return sorted(self._seen)
+
+
+class Supervised:
+    """InfiniStore as a service is run: started anew when it ends, which it does when a client is gone too early."""
+
+    def __init__(self, server: InfiniStoreServer) -> None:
+        self._server = server
+        self._lock = threading.Lock()
+        self._wanted = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor")
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            with self._lock:
+                if self._wanted and not self._server.running:
+                    self._server.kill()
+                    self._server.start()
+
+    def __enter__(self) -> Self:
+        self._server.__enter__()
+        self._wanted = True
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._server.__exit__(None, None, None)
+
+    def kill(self) -> None:
+        with self._lock:
+            self._wanted = False
+            self._server.kill()
+
+    def start(self) -> None:
+        with self._lock:
+            self._server.start()
+            self._wanted = True
+
+    def suspend(self) -> None:
+        self._server.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._server.signal(signal.SIGCONT)
+
+
+class InfiniStore(Tapped):
+    """The real server; ``make test-extras`` installs it."""
+
+    name = "infinistore"
+    faults: ClassVar = [*f.NETWORK, *f.PROCESS, *f.STORED, *f.DNS, *f.MACHINE]
+    in_ci: ClassVar = set()
+    extra: ClassVar = "infinistore"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if importlib.util.find_spec("infinistore") is None or PYTHONPATH_VARIABLE not in os.environ:
+            return f"wants infinistore, and {PYTHONPATH_VARIABLE} (make test-extras)"
+        return None
+
+    def start(self) -> None:
+        server = InfiniStoreServer()
+        self.server = self.stack.enter_context(Supervised(server))
+        self.tapped(server.port)
+        self._address = ("127.0.0.1", server.port)
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        return {
+            "url": f"infinistore://localhost:{self.proxies[0].port}",
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+        }
+
+    def get(self, name: str) -> bytes | None:
+        with self._asking([protocol.get_request(name)]) as answer:
+            if _word(answer) != protocol.FINISH:
+                return None
+            return answer.read(_word(answer))
+
+    def put(self, name: str, value: bytes) -> None:
+        with self._asking([protocol.put_request(name, len(value)), value]) as answer:
+            _word(answer)
+
+    @contextmanager
+    def _asking(self, request: list[bytes]) -> Iterator[BinaryIO]:
+        with socket.create_connection(self._address, 5) as sock, sock.makefile("rb") as answer:
+            sock.sendall(b"".join(request))
+            yield answer
+
+
+def _word(answer: BinaryIO) -> int:
+    return int.from_bytes(answer.read(4), "little", signed=True)
+
+
 class Suspendable:
     """A master as a process that faults hit."""
 
@@ -153,32 +267,57 @@ class Suspendable:
         self.master.signal(signal.SIGCONT)
 
 
+@contextmanager
+def _other_token(backend: RemoteStore) -> Iterator[None]:
+    backend.token_file.write_text("another")
+    backend.server.kill()
+    backend.server.start()
+    yield
+    backend.token_file.write_text("secret")
+    backend.server.kill()
+    backend.server.start()
+
+
 class RemoteStore(Backend):
     """``kvstrata remote``, as a process of its own."""
 
     name = "lm"
-    faults: ClassVar = [*f.NETWORK, *f.PROCESS, *f.STORED, *f.MACHINE]
+    faults: ClassVar = [
+        *f.NETWORK,
+        *f.PROCESS,
+        *f.STORED,
+        *f.DNS,
+        *f.MACHINE,
+        f.Fault("authentication revoked", _other_token, opens=True),
+    ]
     in_ci: ClassVar = {"resets in the middle of a bulk"}
+    options: tuple[str, ...] = ()
 
     def start(self) -> None:
+        self.token_file = self.directory / "token"
+        self.token_file.write_text("secret")
         port = free_port()
+        command = [sys.executable, "-m", "kvstrata.cli", "remote", "127.0.0.1", str(port)]
         process = ServerProcess(
             "kvstrata remote",
-            [sys.executable, "-m", "kvstrata.cli", "remote", "127.0.0.1", str(port)],
+            [*command, "--token-file", str(self.token_file), *self.options],
             log_path=self.directory / "log",
             ready=lambda: _listens(port),
             grace_seconds=0.5,
         )
         self.server = self.stack.enter_context(Child(process))
         self.proxy(port)
-        behind = LmTier(LmOptions(url=f"lm://127.0.0.1:{port}"))
-        self.stack.callback(behind.close)
-        self.behind = behind
+        self.ask_behind(f"lm://:secret@127.0.0.1:{port}")
+
+    def ask_behind(self, url: str) -> None:
+        """Have a tier that goes past the proxy."""
+        self.behind = LmTier(LmOptions(url=url))
+        self.stack.callback(self.behind.close)
 
     @property
     def tier(self) -> dict[str, Any]:
         return {
-            "url": f"lm://{self.proxies[0].address}",
+            "url": f"lm://:secret@localhost:{self.proxies[0].port}",
             "connect_timeout_seconds": f.OPERATION_SECONDS,
         }
 
@@ -194,23 +333,31 @@ class RemoteStore(Backend):
         self.behind.write([name], [memoryview(value)])
 
 
-class LMCacheStore(Backend):
+class LMCacheStore(Tapped, RemoteStore):
     """A server that answers as LMCache's does, without what kvstrata adds to the protocol."""
 
     name = "lm (LMCache's protocol)"
-    faults: ClassVar = [*f.NETWORK, *f.MACHINE]
+    faults: ClassVar = [*f.NETWORK, f.RESTARTED, *f.STORED, *f.DNS, *f.MACHINE]
     in_ci: ClassVar = {"corrupts bytes"}
 
     def start(self) -> None:
-        server = self.stack.enter_context(RemoteServerThread(extensions=False))
-        self.proxy(server.port)
+        thread = self.stack.enter_context(RemoteServerThread(extensions=False))
+        self.server = ServerOnThread(thread)
+        self.tapped(thread.port)
+        self.ask_behind(f"lm://127.0.0.1:{thread.port}")
 
-    @property
-    def tier(self) -> dict[str, Any]:
-        return {
-            "url": f"lm://{self.proxies[0].address}",
-            "connect_timeout_seconds": f.OPERATION_SECONDS,
-        }
+
+class ServerOnThread:
+    """It ends in order; it cannot be killed."""
+
+    def __init__(self, thread: RemoteServerThread) -> None:
+        self._thread = thread
+
+    def kill(self) -> None:
+        self._thread.stop()
+
+    def start(self) -> None:
+        self._thread.start()
 
 
 class Child:

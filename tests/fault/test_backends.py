@@ -44,6 +44,8 @@ def parameters() -> list[object]:
 def marks(made: type[Backend], fault: Fault) -> Iterator[pytest.MarkDecorator]:
     if fault.name not in made.in_ci:
         yield pytest.mark.slow
+    if made.extra:
+        yield pytest.mark.extra(made.extra)
     if made.keeps:
         yield pytest.mark.leaks_allowed(made.keeps)
 

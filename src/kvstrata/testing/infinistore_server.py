@@ -100,6 +100,11 @@ class InfiniStoreServer:
         self._process.kill()
         self._process.stop()
 
+    @property
+    def running(self) -> bool:
+        """Whether its process is there."""
+        return self._process.running
+
     def signal(self, number: int) -> None:
         """Send a signal to it (SIGSTOP, SIGCONT)."""
         self._process.kill(number)
