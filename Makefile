@@ -29,7 +29,8 @@ test-extras: setup ## The tests of client libraries that are too large for the o
 	INFINISTORE_PYTHONPATH=$(CURDIR)/.cache/uvloop-0.21 $(BIN)/python -m pytest -m extra tests/tiers $(PYTEST_ARGS)
 
 test-faults: setup-tools ## Every backend under every fault; prints the table and writes fault-report.json
-	FAULT_REPORT=$(CURDIR)/fault-report.json $(BIN)/python -m pytest -m fault_suite tests/fault $(PYTEST_ARGS)
+	INFINISTORE_PYTHONPATH=$(CURDIR)/.cache/uvloop-0.21 FAULT_REPORT=$(CURDIR)/fault-report.json \
+	    $(BIN)/python -m pytest -m fault_suite tests/fault $(PYTEST_ARGS)
 
 check: lint types contracts ## What needs no test run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from backend_base import Backend
 from directories import Disk, Nixl, SharedDirectory
 from redis_family import ClusterRedis, PlainRedis, RedisRing, SentinelRedis, TLSRedis, UnixRedis
-from stores import S3, InfiniStore, LMCacheStore, Mooncake, RemoteStore
+from stores import S3, InfiniStore, LMCacheStore, Mooncake, RemoteStore, TLSRemoteStore
 
 BACKENDS: dict[str, type[Backend]] = {
     made.name: made
@@ -21,6 +21,7 @@ BACKENDS: dict[str, type[Backend]] = {
         Nixl,
         S3,
         RemoteStore,
+        TLSRemoteStore,
         LMCacheStore,
         Mooncake,
         InfiniStore,

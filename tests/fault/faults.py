@@ -164,6 +164,13 @@ class Stored(Protocol):
     def put(self, name: str, value: bytes) -> None: ...
 
 
+@contextmanager
+def _changed(backend: Stored, change: Callable[[random.Random], None]) -> Iterator[None]:
+    assert any(map(backend.get, backend.entries())), "there is nothing to change"
+    with again_and_again(change):
+        yield
+
+
 def _two(backend: Stored, rng: random.Random) -> list[tuple[str, bytes]]:
     names = backend.entries()
     found = [(name, backend.get(name)) for name in rng.sample(names, min(2, len(names)))]
@@ -179,7 +186,7 @@ def swapped(backend: Stored) -> Iterator[None]:
             backend.put(one, second)
             backend.put(other, first)
 
-    with again_and_again(swap):
+    with _changed(backend, swap):
         yield
 
 
@@ -190,7 +197,7 @@ def damaged(backend: Stored) -> Iterator[None]:
             at = rng.randrange(len(value))
             backend.put(name, value[:at] + bytes([value[at] ^ 1 << rng.randrange(8)]) + value[at + 1 :])
 
-    with again_and_again(damage):
+    with _changed(backend, damage):
         yield
 
 
@@ -201,7 +208,7 @@ def of_wrong_length(backend: Stored) -> Iterator[None]:
             cut_at = rng.randrange(len(value))
             backend.put(name, value[:cut_at] if rng.random() < 0.5 else value + value[:cut_at])
 
-    with again_and_again(cut):
+    with _changed(backend, cut):
         yield
 
 
@@ -260,6 +267,26 @@ def dns_hangs(backend: Reached) -> Iterator[None]:
 
 MACHINE = [Fault("clock steps", clock_steps)]
 DNS = [Fault("DNS gone", dns_gone, opens=True), Fault("DNS hangs", dns_hangs, opens=True)]
+
+
+# Of TLS
+
+
+class Certified(Protocol):
+    def use_certificate(self, name: str) -> None: ...
+
+
+@contextmanager
+def _certificate(backend: Certified, name: str) -> Iterator[None]:
+    backend.use_certificate(name)
+    yield
+    backend.use_certificate("server")
+
+
+TLS = [
+    Fault("TLS certificate expired", lambda b: _certificate(b, "expired"), opens=True),
+    Fault("TLS certificate of another host", lambda b: _certificate(b, "elsewhere"), opens=True),
+]
 
 
 # Of RESP

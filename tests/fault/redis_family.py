@@ -141,22 +141,9 @@ class UnixRedis(OneRedis):
 # Redis with TLS
 
 
-@contextmanager
-def _certificate(backend: TLSRedis, name: str) -> Iterator[None]:
-    backend.use_certificate(name)
-    yield
-    backend.use_certificate("server")
-
-
-TLS = [
-    f.Fault("TLS certificate expired", lambda b: _certificate(b, "expired"), opens=True),
-    f.Fault("TLS certificate of another host", lambda b: _certificate(b, "elsewhere"), opens=True),
-]
-
-
 class TLSRedis(RedisBackend):
     name = "rediss"
-    faults: ClassVar = [*f.NETWORK, *TLS, *f.PROCESS, *f.STORED, *f.MACHINE, OUT_OF_MEMORY, READ_ONLY]
+    faults: ClassVar = [*f.NETWORK, *f.TLS, *f.PROCESS, *f.STORED, *f.MACHINE, OUT_OF_MEMORY, READ_ONLY]
     in_ci: ClassVar = {"TLS certificate expired"}
 
     @classmethod
@@ -249,6 +236,15 @@ def _failover(backend: SentinelRedis) -> Iterator[None]:
 
 
 @contextmanager
+def _master_empty(backend: SentinelRedis) -> Iterator[None]:
+    """It is back before the sentinels miss it; the replica takes over what it has, nothing."""
+    master = backend.sentinel.master
+    master.kill()
+    master.start()
+    yield
+
+
+@contextmanager
 def _master_killed(backend: SentinelRedis) -> Iterator[None]:
     """It is over when the sentinels have agreed on another master."""
     old = backend.sentinel.master
@@ -300,6 +296,7 @@ class SentinelRedis(RedisBackend):
         REVOKED,
         f.Fault("failover", _failover),
         f.Fault("master killed", _master_killed),
+        f.Fault("master restarted empty", _master_empty),
         f.Fault("master stopped (SIGSTOP)", _master_suspended),
         f.Fault("all sentinels killed", _no_sentinels, serves=True),
     ]

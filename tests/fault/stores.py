@@ -6,12 +6,14 @@ import importlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 from unittest.mock import patch
 
@@ -132,22 +134,6 @@ class Mooncake(Backend):
         }
 
 
-class Tapped(Backend):
-    """A backend that cannot list its keys: they are taken from what passes the proxy."""
-
-    def tapped(self, port: int) -> None:
-        """A proxy in front of ``port`` that notes the keys of requests."""
-        self._seen: set[str] = set()
-        self.proxy(port).link = Link(to_server=Flow(rewrite=self._note))
-
-    def _note(self, piece: bytes) -> bytes:
-        self._seen.update(key.decode() for key in _KEY.findall(piece))
-        return piece
-
-    def entries(self) -> list[str]:
-        return sorted(self._seen)
-
-
 class Supervised:
     """InfiniStore as a service is run: started anew when it ends, which it does when a client is gone too early."""
 
@@ -193,7 +179,7 @@ class Supervised:
         self._server.signal(signal.SIGCONT)
 
 
-class InfiniStore(Tapped):
+class InfiniStore(Backend):
     """The real server; ``make test-extras`` installs it."""
 
     name = "infinistore"
@@ -203,15 +189,25 @@ class InfiniStore(Tapped):
 
     @classmethod
     def missing(cls) -> str | None:
-        if importlib.util.find_spec("infinistore") is None or PYTHONPATH_VARIABLE not in os.environ:
-            return f"wants infinistore, and {PYTHONPATH_VARIABLE} (make test-extras)"
-        return None
+        is_there = (Path(os.environ.get(PYTHONPATH_VARIABLE, "-")) / "uvloop").is_dir()
+        if is_there and importlib.util.find_spec("infinistore"):
+            return None
+        return f"wants infinistore, and a uvloop that suits it in {PYTHONPATH_VARIABLE} (make test-extras)"
 
     def start(self) -> None:
         server = InfiniStoreServer()
         self.server = self.stack.enter_context(Supervised(server))
-        self.tapped(server.port)
+        self._seen: set[str] = set()
+        self.proxy(server.port).link = Link(to_server=Flow(rewrite=self._note))
         self._address = ("127.0.0.1", server.port)
+
+    def _note(self, piece: bytes) -> bytes:
+        self._seen.update(key.decode() for key in _KEY.findall(piece))
+        return piece
+
+    def entries(self) -> list[str]:
+        """The server cannot list them: those that passed the proxy before the fault."""
+        return sorted(self._seen)
 
     @property
     def tier(self) -> dict[str, Any]:
@@ -333,18 +329,64 @@ class RemoteStore(Backend):
         self.behind.write([name], [memoryview(value)])
 
 
-class LMCacheStore(Tapped, RemoteStore):
+class TLSRemoteStore(RemoteStore):
+    name = "lms"
+    faults: ClassVar = [*f.NETWORK, *f.TLS]
+    in_ci: ClassVar = set()
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if importlib.util.find_spec("cryptography") else "system: needs the package cryptography"
+
+    def start(self) -> None:
+        from kvstrata.testing.tls import Certificates  # noqa: PLC0415 - needs cryptography
+
+        self.certificates = Certificates(self.directory)
+        self._show("server")
+        self.options = ("--tls-cert", str(self.directory / "shown.crt"))
+        self.options += ("--tls-key", str(self.directory / "shown.key"))
+        super().start()
+
+    def _show(self, name: str) -> None:
+        for kind in ("crt", "key"):
+            shutil.copyfile(self.certificates.path(f"{name}.{kind}"), self.directory / f"shown.{kind}")
+
+    def use_certificate(self, name: str) -> None:
+        """Start it anew with another certificate."""
+        self.server.kill()
+        self._show(name)
+        self.server.start()
+
+    def ask_behind(self, url: str) -> None:
+        """Nothing stored is changed here."""
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        authority = self.certificates.path("authority.crt")
+        return {
+            "url": f"lms://:secret@127.0.0.1:{self.proxies[0].port}?ssl_ca_certs={authority}",
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+        }
+
+
+class LMCacheStore(Backend):
     """A server that answers as LMCache's does, without what kvstrata adds to the protocol."""
 
     name = "lm (LMCache's protocol)"
-    faults: ClassVar = [*f.NETWORK, f.RESTARTED, *f.STORED, *f.DNS, *f.MACHINE]
+    faults: ClassVar = [*f.NETWORK, f.RESTARTED, *f.DNS, *f.MACHINE]
     in_ci: ClassVar = {"corrupts bytes"}
 
     def start(self) -> None:
         thread = self.stack.enter_context(RemoteServerThread(extensions=False))
         self.server = ServerOnThread(thread)
-        self.tapped(thread.port)
-        self.ask_behind(f"lm://127.0.0.1:{thread.port}")
+        self.proxy(thread.port)
+
+    @property
+    def tier(self) -> dict[str, Any]:
+        return {
+            "url": f"lm://localhost:{self.proxies[0].port}",
+            "connect_timeout_seconds": f.OPERATION_SECONDS,
+        }
 
 
 class ServerOnThread:

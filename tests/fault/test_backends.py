@@ -15,6 +15,7 @@ from backend_base import Backend
 from backends import BACKENDS
 from faults import OPERATION_SECONDS, Fault
 from load import Load, prompts
+from matrix import CANNOT, COLUMNS, has_case, matrix
 from report import ROWS, Row
 
 from kvstrata.cache.io import TierIO
@@ -29,6 +30,7 @@ HUNG_SECONDS = 15.0
 FAULT_SECONDS = 0.8
 NEVER_SECONDS = 40.0
 TIER = "l2"
+DOCS = Path(__file__).parents[2] / "docs" / "faults.md"
 
 pytestmark = pytest.mark.fault_suite
 
@@ -66,11 +68,21 @@ def test_names() -> None:
 
 
 def test_the_docs_have_every_case() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    text = DOCS.read_text()
     cases = {(name, fault.name) for name, made in BACKENDS.items() for fault in made.faults}
     assert cases == {
         (row[1].strip(), row[2].strip()) for row in map(_cells, text.splitlines()) if len(row) == 10
     }
+
+
+def test_every_backend_meets_every_kind_of_fault_or_the_docs_say_why_not() -> None:
+    assert CANNOT.keys() <= BACKENDS.keys()
+    for name in BACKENDS:
+        for column in COLUMNS:
+            assert has_case(name, column) != (column in CANNOT.get(name, {})), (name, column)
+    assert "\n".join(["", *matrix(), ""]) in DOCS.read_text(), (
+        "python tests/fault/matrix.py prints what it must be"
+    )
 
 
 def _cells(line: str) -> list[str]:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import select
 import socket
+import ssl
+import struct
 import threading
 import time
 
@@ -73,3 +77,22 @@ def test_the_next_address_is_tried() -> None:
             assert sock.getpeername() == listener.getsockname()
         with pytest.raises(ConnectionRefusedError):
             sockets.connect(addresses[:1], time.monotonic() + 5)
+
+
+def test_a_peer_that_resets_before_the_handshake_leaves_no_socket() -> None:
+    """``ssl`` forgets one then: a ResourceWarning, which is an error in these tests."""
+    context = ssl.create_default_context()
+    context.sslsocket_class = sockets._TLSSocket
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        assert poll.poll(5000)
+        descriptor = sock.fileno()
+        with pytest.raises(ConnectionResetError):
+            context.wrap_socket(sock, server_hostname="127.0.0.1")
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

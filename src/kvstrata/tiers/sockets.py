@@ -7,6 +7,8 @@ message closes the socket: it is never used again, so no reply is taken for that
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
 import ssl
 import struct
@@ -127,6 +129,17 @@ class DeadlineSocket:
         return TierUnavailable(f"{self._name}: {reason}")
 
 
+class _TLSSocket(ssl.SSLSocket):
+    """Closed when the peer has reset the connection before the handshake: ``wrap_socket`` forgets it then."""
+
+    def getpeername(self) -> Any:
+        try:
+            return super().getpeername()
+        except OSError as error:
+            self.close()
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from error
+
+
 def connect(
     addresses: Sequence[Address],
     deadline: float,
@@ -152,6 +165,7 @@ def connect(
         if context is None:
             return sock
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        context.sslsocket_class = _TLSSocket
         return context.wrap_socket(sock, server_hostname=server_hostname)
     except BaseException:
         sock.close()
