@@ -382,6 +382,10 @@ class Cache:
         with self._lock:
             yield self.index
 
+    def is_being_cleared(self, tier: str, namespace: Namespace) -> bool:
+        """Whether what ``tier`` still has of ``namespace`` is not to be used. Only inside ``guarded``."""
+        return self._clears.is_running(self._tier_names.index(tier), namespace)
+
     def namespaces(self) -> list[Namespace]:
         """The namespaces that clients have registered since the start."""
         with self._lock:

@@ -109,6 +109,8 @@ class Warming:
     def _load(self, job: Job, namespace: Namespace, piece: Piece, shard: int, sources: Sequence[str]) -> None:
         """Read one shard from the first of ``sources`` into a slot of its own."""
         with self._cache.guarded() as index:
+            # What was cleared must not come back.
+            sources = [name for name in sources if not self._cache.is_being_cleared(name, namespace)]
             if index.get(piece.chunk_hash, shard) is not None:
                 entry = None
                 outcome = "already_in_l1"
