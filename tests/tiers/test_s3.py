@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import obstore
 import pytest
+from obstore.exceptions import PreconditionError
 
 from kvstrata.bench import tier as bench
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
@@ -18,6 +21,7 @@ from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_fram
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.s3 import S3Options, S3Tier
 from kvstrata.tiers.s3.names import object_name
+from kvstrata.tiers.s3.requests import Requests
 from kvstrata.types import Miss, MissReason
 
 NUMBERS = itertools.count()
@@ -161,6 +165,40 @@ def test_a_server_that_ignores_ranges_gives_right_answers(
             assert large.reason == MissReason.CORRUPT
     assert [record.levelname for record in caplog.records].count("WARNING") >= 1
     assert "ignores the Range header" in caplog.text
+
+
+class _Body:
+    """An answer of which the last bytes are late."""
+
+    def __init__(self, data: bytes, size: int, seconds: float) -> None:
+        self.meta = {"size": size, "e_tag": "old"}
+        self._data, self._seconds = data, seconds
+
+    async def stream(self, min_chunk_size: int) -> AsyncIterator[bytes]:
+        await asyncio.sleep(self._seconds)
+        yield self._data
+
+
+def test_ranges_of_an_object_that_is_replaced_do_not_get_into_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def get(store: object, name: str, options: Any = None) -> _Body:
+        if options is None:
+            return _Body(b"n" * 30, 30, 0.0)
+        start, end = options["range"]
+        if start == 10:
+            raise PreconditionError("replaced")
+        return _Body(b"o" * (end - start), 30, 0.05 if start == 20 else 0.0)
+
+    async def run() -> None:
+        buffer = memoryview(bytearray(30))
+        found = Requests(cast("Any", object()), max_requests=4, part_bytes=10)
+        assert await found.get(["name"], [buffer]) == [30]
+        await asyncio.sleep(0.1)
+        assert bytes(buffer) == b"n" * 30
+
+    monkeypatch.setattr(obstore, "get_async", get)
+    asyncio.run(run())
 
 
 def operations(tier: S3Tier, keys: list[str]) -> list[Callable[[], Any]]:

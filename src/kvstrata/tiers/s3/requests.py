@@ -116,10 +116,15 @@ class Requests:
             await _copy(await obstore.get_async(self._store, name, options=options), buffer[start:end])
 
         rest = [get_range(start) for start in range(part, size, part)]
+        parts = [asyncio.ensure_future(each) for each in (_copy(first, buffer[: min(part, size)]), *rest)]
         try:
-            await asyncio.gather(_copy(first, buffer[: min(part, size)]), *rest)
+            await asyncio.gather(*parts)
         except PreconditionError:
             return None
+        finally:  # none of them goes on: the buffer is about to be filled anew
+            for each in parts:
+                each.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
         return size
 
     def _no_ranges(self, error: BaseError) -> None:
