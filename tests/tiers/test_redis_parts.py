@@ -96,6 +96,20 @@ def test_a_missing_or_foreign_part_is_a_miss(tier: RedisTier, client: redis.Redi
     assert tier.contains(keys) == [True] * 4
 
 
+def test_a_part_that_is_refused_says_nothing_of_the_frame(redis_server: RedisServer, tier: RedisTier) -> None:
+    (key,) = make_keys(1)
+    tier.write([key], [make_frame(10_000)])
+    redis_server.ask("ACL", "SETUSER", "half", "on", ">pw", "~*kv_bytes", "+@all")
+    try:
+        url = redis_server.url.replace("://", "://half:pw@")
+        with contextlib.closing(open_tier(url)) as other:
+            (result,) = read_frames(other, [key], 20_000)
+    finally:
+        redis_server.ask("ACL", "DELUSER", "half")
+    assert isinstance(result, Miss)
+    assert result.reason == MissReason.TIER_DOWN, "corrupt entries are deleted"
+
+
 def test_overwriting_leaves_no_parts_behind(tier: RedisTier, client: redis.Redis) -> None:
     (key,) = make_keys(1)
     for size, count in ((20_000, 5), (10_000, 3), (100, 0), (9_000, 3), (9_000, 3)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.testing.redis_server import free_port
-from kvstrata.tiers.redis import cluster, sentinel
+from kvstrata.tiers import sockets
+from kvstrata.tiers.redis import cluster, outage, sentinel
 from kvstrata.tiers.redis.cluster import MAX_NODES, ClusterTopology
 from kvstrata.tiers.redis.endpoint import Endpoint
 from kvstrata.tiers.redis.resp import ErrorReply
@@ -102,7 +105,12 @@ def test_replicas_of_any_form(reply: object) -> None:
 def test_replicas() -> None:
     fields = [b"ip", b"10.0.0.2", b"port", b"6379", b"flags", b"slave", b"master-link-status", b"ok"]
     assert sentinel._replica(fields) == ("10.0.0.2", 6379)
-    for name, value in ((b"flags", b"s_down,slave"), (b"master-link-status", b"err"), (b"port", b"x")):
+    for name, value in (
+        (b"flags", b"s_down,slave"),
+        (b"master-link-status", b"err"),
+        (b"port", b"x"),
+        (b"port", b"99999"),
+    ):
         at = fields.index(name) + 1
         assert sentinel._replica([*fields[:at], value, *fields[at + 1 :]]) is None
 
@@ -114,6 +122,34 @@ def test_nobody_to_tell_the_shares() -> None:
             found.route([b"a"], is_write=False)
         assert "secret" not in str(raised.value)
     found.close()
+
+
+def test_a_probe_that_cannot_be_made_or_breaks_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes: list[str] = []
+
+    def probe() -> None:
+        probes.append("made")
+        if len(probes) == 1:
+            raise RuntimeError("broken")
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(outage, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    found = outage.Outage("server", probe)
+    found.begin("lost")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert not found.is_over()
+        with pytest.raises(OSError, match="no thread"):
+            sockets.resolve("cache.example", 1, 0.0)
+    assert not sockets._lookups, "the next one asks anew"
+    deadline = time.monotonic() + 5
+    while not found.is_over() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert found.is_over()
+    assert len(probes) == 2
 
 
 def test_names_without_a_server_are_left_out(node: Server) -> None:

@@ -220,7 +220,11 @@ def resolve(host: str, port: int, deadline: float) -> list[Address]:
             thread = threading.Thread(
                 target=_answer, args=(lookup, host, port), name="kvstrata-resolve", daemon=True
             )
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                del _lookups[host, port]
+                raise OSError(f"no thread to look up {host}: {error}") from None
     if not lookup.answered.wait(max(deadline - time.monotonic(), 0.001)):
         raise TimeoutError(f"the address of {host} was not found in time")
     if lookup.error is not None:

@@ -131,7 +131,10 @@ class ClusterTopology(Topology):
             if not self._discovering.acquire(blocking=False):
                 return
             self._refresh_at = time.monotonic() + REFRESH_SECONDS
-        threading.Thread(target=self._refresh_now, name="kvstrata-redis-cluster", daemon=True).start()
+        try:
+            threading.Thread(target=self._refresh_now, name="kvstrata-redis-cluster", daemon=True).start()
+        except RuntimeError:  # no thread can be had now
+            self._discovering.release()
 
     def _refresh_now(self) -> None:
         try:

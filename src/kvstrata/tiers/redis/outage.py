@@ -56,18 +56,26 @@ class Outage:
             if self._is_probing or time.monotonic() < self._probe_at:
                 return False
             self._is_probing = True
-        threading.Thread(target=self._run_probe, name="kvstrata-redis-probe", daemon=True).start()
+        try:
+            threading.Thread(target=self._run_probe, name="kvstrata-redis-probe", daemon=True).start()
+        except RuntimeError:  # no thread can be had now
+            self._probed(self.reason)
         return False
 
     def _run_probe(self) -> None:
-        reason = ""
+        reason = "probing it failed"
         try:
             self._probe()
+            reason = ""
         except TierUnavailable as error:
             reason = str(error)
+        finally:
+            self._probed(reason)
+        if not reason:
+            log.info("%s answers again", self._name)
+
+    def _probed(self, reason: str) -> None:
         with self._lock:
             self.reason = reason
             self._is_probing = False
             self._probe_at = time.monotonic() + PROBE_SECONDS
-        if not reason:
-            log.info("%s answers again", self._name)

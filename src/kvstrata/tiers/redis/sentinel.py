@@ -203,9 +203,11 @@ def ask_sentinel(
 
 def _address(words: Sequence[Reply], host_at: int, port_at: int) -> Address | None:
     host, port = words[host_at], words[port_at]
-    if isinstance(host, bytes) and isinstance(port, bytes) and host and port.isdigit():
-        return host.decode("utf-8", "replace"), int(port)
-    return None
+    if not (isinstance(host, bytes) and isinstance(port, bytes) and host):
+        return None
+    if not (port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
+        return None
+    return host.decode("utf-8", "replace"), int(port)
 
 
 def _replica(reply: Reply) -> Address | None:

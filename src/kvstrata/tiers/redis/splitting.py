@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from kvstrata.tiers.redis.batch import Commands, Count, Get, set_command
 from kvstrata.tiers.redis.entry import Entry
-from kvstrata.tiers.redis.exchange import Down, Outcome, exchange
+from kvstrata.tiers.redis.exchange import Down, Outcome, Refused, exchange
 from kvstrata.tiers.redis.parts import MANIFEST_BYTES, Manifest
 from kvstrata.tiers.redis.resp import command
 from kvstrata.tiers.redis.topology import Topology
@@ -61,6 +61,8 @@ def _joined(manifest: Manifest, buffer: memoryview, outcomes: Sequence[Outcome])
             return Miss(MissReason.ABSENT, "a part of the frame is gone")
         if isinstance(outcome, Down):
             return Miss(MissReason.TIER_DOWN, outcome.reason)
+        if isinstance(outcome, Refused) and outcome.reply.code != "WRONGTYPE":
+            return Miss(MissReason.TIER_DOWN, "a part of the frame was refused")
     return Miss(MissReason.CORRUPT, "the parts are not those of the frame")
 
 

@@ -116,11 +116,12 @@ class RedisTier(ExpiringTier):
                 manifests[at] = manifest
         for at, joined in read_parts(self._topology, names, buffers, manifests).items():
             results[at] = joined
-        if self.options.refresh_ttl and self.options.ttl_seconds is not None:
+        ttl_seconds = self.options.ttl_seconds  # may be changed at any time
+        if self.options.refresh_ttl and ttl_seconds is not None:
             held = [at for at, result in enumerate(results) if isinstance(result, int)]
             refreshed = [name for at in held for name in (names[at], self._metadata_name(keys[at]))]
             refreshed += [name for at in held if at in manifests for name in manifests[at].names(names[at])]
-            self._refresh(refreshed, self.options.ttl_seconds)
+            self._refresh(refreshed, ttl_seconds)
         return results
 
     def _refresh(self, names: Sequence[bytes], ttl_seconds: int) -> None:
