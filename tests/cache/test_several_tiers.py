@@ -259,6 +259,24 @@ def test_a_clear_is_not_undone_by_a_hit() -> None:
         assert cache.l1_stats()["used_bytes"] == 0
 
 
+def test_one_clear_waits_for_a_tier_that_is_away_however_often_it_is_asked_for() -> None:
+    asked = prompt(2 * CHUNK_SIZE, seed=1)
+    with core("all", "all") as cache:
+        put(cache, asked)
+        namespace = cache.intern(asked.namespace)
+        cache.tiers[0].breaker.bypassed = True
+        for _ in range(50):
+            cache.clear(namespace)
+        for _ in range(50):
+            cache.clear()
+        assert cache._clears._running[0] == [namespace, None]
+        wait_until(lambda: not cache._clears.is_running(1, namespace), "the other one is cleared")
+        assert held(cache) == [2, 0]
+        cache.tiers[0].breaker.bypassed = False
+        wait_until(lambda: not cache._clears.is_running(0, namespace), "it is cleared")
+        assert held(cache) == [0, 0]
+
+
 def test_second_use_alone_needs_an_l1_that_keeps() -> None:
     far = {"url": "redis://127.0.0.1:1", "write_policy": "second_use"}
     with (

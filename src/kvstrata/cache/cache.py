@@ -405,13 +405,20 @@ class Cache:
                 self.index.drop(entry)
             if not tiers:
                 return len(entries)
-            self._clears.begin(namespace)
+            # Where the tier is away, one clear that waits for its return is enough, however often it is asked for.
+            chosen = [
+                i
+                for i, tier in enumerate(self.tiers)
+                if not (tier.breaker.is_open and self._clears.covers(i, namespace))
+            ]
+            self._clears.begin(namespace, chosen)
             for lookup in self._lookups.values():
                 if namespace is None or lookup.namespace is namespace:
                     lookup.held_by_tier.clear()
             prefix = "" if namespace is None else namespace.key_prefix
-            for i, tier in enumerate(self.tiers):
-                jobs.append(partial(tier.clear, prefix, partial(self._cleared, i, namespace)))
+            jobs += [
+                partial(self.tiers[i].clear, prefix, partial(self._cleared, i, namespace)) for i in chosen
+            ]
         for job in jobs:
             job()
         return len(entries)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvstrata.types import Namespace
 
 
@@ -15,17 +17,22 @@ class Clears:
         self._last: dict[Namespace | None, int] = {}
         self._running: list[list[Namespace | None]] = [[] for _ in range(num_tiers)]
 
-    def begin(self, namespace: Namespace | None) -> None:
+    def begin(self, namespace: Namespace | None, tiers: Iterable[int]) -> None:
+        """A clear begins, in ``tiers``; in the others one that has not begun its work covers it."""
         self.count += 1
         self._last[namespace] = self.count
-        for running in self._running:
-            running.append(namespace)
+        for tier in tiers:
+            self._running[tier].append(namespace)
 
     def ended(self, tier: int, namespace: Namespace | None) -> None:
         self._running[tier].remove(namespace)
 
     def is_running(self, tier: int, namespace: Namespace) -> bool:
         return any(scope is None or scope is namespace for scope in self._running[tier])
+
+    def covers(self, tier: int, namespace: Namespace | None) -> bool:
+        """Whether a clear of at least this is under way in a tier."""
+        return None in self._running[tier] or namespace in self._running[tier]
 
     def since(self, namespace: Namespace, count: int) -> bool:
         """Whether anything cleared ``namespace`` after so many clears had begun. May be asked without the lock."""
