@@ -17,6 +17,7 @@ from kvstrata.config import mask, mask_url
         ("redis://:p w@h", "redis://:***@h"),
         ("redis://pw@h", "redis://***@h"),
         ("redis-sentinel://:a@h1:1,:b@h2:2", "redis-sentinel://:***@h2:2"),
+        ("redis://h:6379/0?sentinel_password=p@ss", "redis://***"),
         ("redis://h?password=pw&db=1", "redis://h?password=***&db=1"),
         (
             "s3://b?aws_secret_access_key=x&session_token=y",

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kvstrata.tiers.arena import Arena
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.disk import DiskOptions, DiskTier
 from kvstrata.tiers.nixl import NixlOptions, NixlTier
+from kvstrata.tiers.nixl.agent import Agent
 from kvstrata.tiers.nixl.tier import read_url
 from kvstrata.tiers.open import open_tier
 
@@ -189,3 +191,41 @@ def test_a_frame_is_never_lent_what_another_has() -> None:
             pass
     with arena.lend([1 << 20], 0) as [(_, memory)]:
         assert len(memory) == 1 << 20
+
+
+class StuckLibrary:
+    """What an agent calls, with transfers that never end."""
+
+    def __init__(self) -> None:
+        self.files: list[int] = []
+
+    def register_memory(self, described: list[tuple[int, int, int, str]], kind: str, backends: object) -> str:
+        self.files += [fd for _, _, fd, _ in described]
+        return "registered"
+
+    def get_xfer_descs(self, described: object, kind: str) -> object:
+        return described
+
+    def initialize_xfer(self, *_: object, backends: object) -> str:
+        return "handle"
+
+    def transfer(self, handle: str) -> str:
+        return "PROC"
+
+    check_xfer_state = transfer
+
+
+def test_a_stuck_transfer_keeps_its_file(tmp_path: Path) -> None:
+    agent = object.__new__(Agent)
+    library = StuckLibrary()
+    agent._agent, agent._backend, agent._timeout_seconds = library, "POSIX", 0.01
+    agent._stuck, agent._lock, agent.arena = [], threading.Lock(), Arena(1 << 20, "buffer_bytes")
+    with (tmp_path / "file").open("wb") as file:
+        with pytest.raises(TierUnavailable, match="did not end"):
+            agent.write(file.fileno(), make_frame(100))
+        theirs = os.fstat(file.fileno()).st_ino
+    (own,) = library.files
+    try:
+        assert os.fstat(own).st_ino == theirs, "its number is not another file's"
+    finally:
+        os.close(own)

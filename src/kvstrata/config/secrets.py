@@ -8,7 +8,7 @@ from typing import Any
 
 MASK = "***"
 
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>.*)@", re.S)
+_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>.*)@(?P<rest>.*)", re.S)
 _SECRET_NAME = re.compile(
     r"pass(word|wd|phrase)?$|secret|token$|credential|api_?key|access_?key|private_?key|signature|^auth$",
     re.I,
@@ -24,9 +24,11 @@ def mask_url(text: str) -> str:
     """
 
     def userinfo(match: re.Match[str]) -> str:
+        if any(_SECRET_NAME.search(found["name"]) for found in _QUERY.finditer(match["userinfo"])):
+            return f"{match['scheme']}{MASK}"  # the @ may be in a secret of the query, and the rest its end
         user, colon, _ = match["userinfo"].partition(":")
         shown = f"{user}:{MASK}" if colon else MASK
-        return f"{match['scheme']}{shown}@"
+        return f"{match['scheme']}{shown}@{match['rest']}"
 
     def parameter(match: re.Match[str]) -> str:
         value = MASK if _SECRET_NAME.search(match["name"]) else match["value"]

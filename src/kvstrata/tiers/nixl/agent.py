@@ -104,20 +104,22 @@ class Agent:
     def _transfer(self, operation: Literal["READ", "WRITE"], fd: int, address: int, size: int) -> None:
         agent, backends = self._agent, [self._backend]
         file, handle = None, None
+        # Of its own: a transfer that is stuck must not find another file under the number that its caller closed.
+        own = os.dup(fd)
         try:
             with self._lock:
-                file = agent.register_memory([(0, size, fd, "")], "FILE", backends=backends)
+                file = agent.register_memory([(0, size, own, "")], "FILE", backends=backends)
                 handle = agent.initialize_xfer(
                     operation,
                     agent.get_xfer_descs([(address, size, 0)], "DRAM"),
-                    agent.get_xfer_descs([(0, size, fd)], "FILE"),
+                    agent.get_xfer_descs([(0, size, own)], "FILE"),
                     _NAME,
                     backends=backends,
                 )
                 state = agent.transfer(handle)
             self._wait(handle, state, operation)
         except TransferStuckError:
-            file, handle = None, None  # both stay
+            file, handle, own = None, None, -1  # all stay
             raise
         except TierUnavailable:
             raise
@@ -129,6 +131,8 @@ class Agent:
                     agent.release_xfer_handle(handle)
                 if file is not None:
                     agent.deregister_memory(file, backends=backends)
+            if own >= 0:
+                os.close(own)
 
     def _wait(self, handle: Any, state: str, operation: str) -> None:
         """Poll, which is what makes a transfer go on, until it has ended."""
