@@ -79,6 +79,8 @@ def test_the_url_of_a_directory(kind: str) -> None:
             "expected all, second_use, none",
         ),
         ({"kind": "disk", "path": "/x", "max_bytes": 5, "name": "a b"}, "$.name"),
+        ({"kind": "redis", "url": "redis://h", "num_workers": 0}, "$.num_workers"),
+        ({"kind": "redis", "url": "redis://h", "timeout_seconds": -1}, "$.timeout_seconds"),
         ({"kind": "redis", "url": "redis://h", "ttl_second": 1}, "did you mean 'ttl_seconds'?"),
         ({"kind": "redis", "url": "redis://:geheim@h", "db": 1}, "no option 'db'"),
         ({"kind": "redis", "url": "redis://:geheim@h", "ttl_seconds": "x"}, "redis://:***@h"),

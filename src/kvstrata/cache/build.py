@@ -6,6 +6,8 @@ import logging
 import uuid
 from collections.abc import Sequence
 
+import msgspec
+
 from kvstrata import plugins
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.cache import Cache
@@ -39,7 +41,11 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
     codecs = [open_codec(config.codec, keys) for config in configs]  # what can be refused first
     tiers: list[TierIO] = []
     for config, codec in zip(configs, codecs, strict=True):
-        tier = open_tier(config)
+        # Look-ups, reads and writes have a thread each, and no fewer connections than that.
+        num_workers = max(3, int(config.options["num_workers"]))
+        tier = open_tier(
+            msgspec.structs.replace(config, options=config.options | {"num_workers": num_workers})
+        )
         tiers.append(
             TierIO(
                 tier,
@@ -47,7 +53,7 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
                 codec,
                 decoders,
                 metrics,
-                num_workers=int(config.options["num_workers"]),
+                num_workers=num_workers,
                 write_queue_bytes=min(settings.write_queue_bytes, region.size_bytes // 2),
                 write_policy=config.write_policy,
                 breaker=Breaker(settings.breaker_failures),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -21,9 +21,9 @@ class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     name: str = ""
     """How logs and metrics call this tier; its kind by default."""
-    timeout_seconds: float = 5.0
+    timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 5.0
     """Deadline of one operation on one connection; a tier turns it into socket timeouts."""
-    num_workers: int = 4
+    num_workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     """Batches that are worked on at once; also the number of connections of a network tier."""
 
 

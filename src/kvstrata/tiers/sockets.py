@@ -33,7 +33,9 @@ class DeadlineSocket:
     """A connected socket. Used by one thread at a time.
 
     ``start`` sets a deadline; every method ends by then. Those that send or receive raise
-    :class:`TierUnavailable` when the peer is gone or late; the socket is closed then.
+    :class:`TierUnavailable` when the peer is gone or late; the socket is closed then. Sends over Unix sockets are
+    an exception: the kernel begins their time anew whenever the peer takes something, so one that is slow but goes
+    on can make them longer.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
