@@ -293,6 +293,30 @@ def test_a_hanging_tier_costs_one_deadline_and_is_probed() -> None:
         wait_until(lambda: get(cache, asked).num_tokens == 200, "and read from")
 
 
+def test_a_tier_that_answers_others_meanwhile_does_not_hang() -> None:
+    class SlowTier(DictTier):
+        def contains(self, keys: Sequence[str]) -> list[bool]:
+            time.sleep(0.05)
+            return super().contains(keys)
+
+    asked = [prompt(200, seed=seed) for seed in range(30)]
+    with open_core([SlowTier()], pool_bytes=POOL_BYTES, lookup_timeout_seconds=0.4) as cache:
+        space = cache.intern(asked[0].namespace)
+
+        hits: dict[int, Hit] = {}
+
+        def all_answered() -> bool:
+            for at in set(range(len(asked))) - set(hits):
+                hit = cache.lookup("owner", str(at), space, asked[at].prefix)
+                if not hit.pending:
+                    hits[at] = hit
+            return len(hits) == len(asked)
+
+        wait_until(all_answered, "all are answered")
+        assert MissReason.DEADLINE in {hit.miss_reason for hit in hits.values()}
+        assert not cache.tiers[0].breaker.is_open
+
+
 def test_while_all_tiers_are_down_a_look_up_is_answered_at_once() -> None:
     tiers = [GatedTier(), GatedTier()]
     held, absent = prompt(200, seed=1), prompt(200, seed=2)

@@ -143,7 +143,8 @@ class Cache:
         """The deadline has passed: the answer is what has arrived."""
         stalled: list[Job] = []
         if lookup.late is MissReason.DEADLINE:
-            stalled = [self.tiers[tier].stalled for tier in lookup.waiting_for]
+            waited_seconds = self._clock() - lookup.started_at
+            stalled = [partial(self.tiers[tier].stalled, waited_seconds) for tier in lookup.waiting_for]
         lookup.waiting_for.clear()
         lookup.reason = lookup.late
         hit, jobs = self._finish(lookup, reached)

@@ -104,6 +104,8 @@ class TierIO:
         """When writes that nobody waits for are taken again."""
         self._size: TierStats | None = None
         self._asking_size: threading.Event | None = None
+        self._answered_at = 0.0
+        """When a look-up was last answered."""
         self._lookups = Workers(f"{name}-lookup", 1)
         self._reads = Workers(f"{name}-read", max(1, num_workers - 2))
         self._writes = Workers(f"{name}-write", 1)
@@ -126,6 +128,8 @@ class TierIO:
             started = time.monotonic()
             if not self.breaker.is_open and started < expires_at:
                 held = self._call("contains", 0, lambda: self._contains(keys, chunk_ends))
+            if held is not None:
+                self._answered_at = time.monotonic()
             done(held if held is None or len(held) == len(keys) else None, time.monotonic() - started)
 
         self._lookups.submit(job)
@@ -135,8 +139,11 @@ class TierIO:
             return contains_in_steps(self.tier.contains, keys, chunk_ends)
         return self.tier.contains(keys)
 
-    def stalled(self) -> None:
-        """A look-up gave up waiting for this tier."""
+    def stalled(self, waited_seconds: float = 0.0) -> None:
+        """A look-up gave up waiting for this tier. Unless others were answered meanwhile, the tier hangs; if they
+        were, there are more look-ups than it keeps up with, and it is as useful as it was."""
+        if time.monotonic() - self._answered_at < waited_seconds:
+            return
         if self.breaker.stalled():
             self._opened("an operation outlived its deadline")
 
