@@ -177,6 +177,7 @@ def _measure_stall(
 ) -> None:
     """The one look-up that meets an L2 which has just stopped to answer; then it answers again."""
     _timed(client, next(prompts))
+    _wait_until(lambda: not client.cache.tiers[0].breaker.is_open, "L2 is used")
     server.suspend()
     samples.stalled.append(_timed(client, next(prompts))[1])
     server.resume()

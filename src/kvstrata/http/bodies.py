@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvstrata.operations.report import DOCSTRINGS_ARE_READ
+
 MAX_KEYS = 10_000
 MAX_TOKENS = 1_000_000
 MAX_PROMPTS = 1000
@@ -21,7 +23,7 @@ Tiers = Annotated[list[Name], Field(min_length=1, max_length=100)]
 class Body(BaseModel):
     """Strict: no value is guessed, no key is ignored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=DOCSTRINGS_ARE_READ)
 
 
 class LookupBody(Body):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
 from kvstrata.errors import BusyError, ConflictError, KVStrataError, NotFoundError, OperationError, TierError
+from kvstrata.operations.report import DOCSTRINGS_ARE_READ
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ MEDIA_TYPE = "application/problem+json"
 class Fault(BaseModel):
     """One wrong value of a request."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=DOCSTRINGS_ARE_READ)
 
     where: str
     """The path to it: "body.tokens.3", "query.limit"."""
@@ -33,7 +34,7 @@ class Fault(BaseModel):
 class Problem(BaseModel):
     """RFC 9457 problem details."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=DOCSTRINGS_ARE_READ)
 
     type: str = "about:blank"
     title: str
