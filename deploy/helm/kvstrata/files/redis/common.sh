@@ -21,7 +21,21 @@ named_master() {
     done
 }
 
-# Have another pod made master, with so many attempts, one a second. Fails when none can be: a sentinel that has just
+# Wait until the sentinels have made another pod master, at most so many seconds. For a pod whose Redis is down: they
+# see that by themselves. A failover ordered from here could meet theirs, and leave sentinels that disagree for good.
+wait_for_other_master() {
+    seconds=$1
+    while [ "$seconds" -gt 0 ]; do
+        named=$(named_master)
+        [ -n "$named" ] || return 1
+        [ "$named" = "$ME" ] || return 0
+        seconds=$((seconds - 1))
+        sleep 1
+    done
+    return 1
+}
+
+# Have another pod made master while this one still is and serves, with so many attempts, one a second. Fails when none can be: a sentinel that has just
 # learnt of a new master takes up to ten seconds to find out about its replicas.
 hand_over() {
     attempts=$1

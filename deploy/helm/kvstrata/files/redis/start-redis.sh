@@ -7,7 +7,7 @@ umask 077
 conf=$RUN_DIR/redis.conf
 master=$(named_master)
 # A master that comes back has less than its replicas, which would then be emptied to match it.
-if [ "$master" = "$ME" ] && hand_over 12; then
+if [ "$master" = "$ME" ] && wait_for_other_master 30; then
     master=$(named_master)
 fi
 [ -n "$master" ] || master=${NODES%% *}
