@@ -204,6 +204,8 @@ def test_the_first_request_after_a_restart_is_answered(server_host: ServerHost, 
         with server_host.start(settings, endpoint=endpoint) as server:
             assert client.wait_connected(20)
             store(client, asked)
+            assert wait_lookup(client, "stored", asked).num_tokens == 200  # the commit has arrived
+            client.release("stored")
             server.end(signal.SIGTERM)
         wait_until(lambda: client._channel.connections % 2 == 0, "the connection is lost")
         with server_host.start(settings, endpoint=endpoint):
