@@ -14,7 +14,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvstrata.errors import TierUnavailable
@@ -140,6 +140,18 @@ class _TLSSocket(ssl.SSLSocket):
         except OSError as error:
             self.close()
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from error
+
+
+@contextlib.contextmanager
+def connecting(name: str) -> Iterator[None]:
+    """Turn what goes wrong in connecting to the server ``name`` into :class:`TierUnavailable`."""
+    try:
+        yield
+    except ssl.SSLCertVerificationError as error:
+        raise TierUnavailable(f"{name}: certificate refused: {error.verify_message}") from error
+    except OSError as error:
+        reason = "no connection before the deadline" if isinstance(error, TimeoutError) else error
+        raise TierUnavailable(f"{name}: cannot connect: {reason}") from error
 
 
 def connect(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import select
-import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.errors import TierFull
+from kvstrata.tiers.connections import Connections
 from kvstrata.tiers.lm.connection import Connection
 from kvstrata.tiers.lm.endpoint import Endpoint
+from kvstrata.tiers.sockets import connecting
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,9 @@ class Server:
         self._context = endpoint.tls_context()
         self._connect_timeout_seconds = connect_timeout_seconds
         self._timeout_seconds = timeout_seconds
-        self._free = threading.BoundedSemaphore(num_connections)
+        self._connections = Connections(self._name, num_connections, self._connect)
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
         self._said: bool | None = None
-        self._closed = False
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
@@ -49,56 +47,23 @@ class Server:
             TierUnavailable: all connections stay in use, or no new one can be made.
         """
         deadline = time.monotonic() + self._timeout_seconds
-        if not self._free.acquire(timeout=self._timeout_seconds):
-            raise TierUnavailable(f"{self._name}: all connections are in use")
+        connection, is_new = self._connections.acquire(self._timeout_seconds)
         try:
-            connection = self._take()
-            if connection is None:
-                connection = self._connect()
-                deadline = time.monotonic() + self._timeout_seconds
-            connection.start(deadline - time.monotonic())
-            try:
-                yield connection
-            except TierFull:  # the exchange is complete
-                self._give_back(connection)
-                raise
-            except BaseException:
-                connection.close()
-                raise
-            self._give_back(connection)
-        finally:
-            self._free.release()
-
-    def _take(self) -> Connection | None:
-        """An idle connection that is still good. Bytes or an end of file while idle mean that it is not."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
-                connection = self._idle.pop()
-            poll = select.poll()
-            poll.register(connection.fileno(), select.POLLIN)
-            if not poll.poll(0):
-                return connection
+            connection.start(self._timeout_seconds if is_new else deadline - time.monotonic())
+            yield connection
+        except TierFull:  # the exchange is complete
+            raise
+        except BaseException:
             connection.close()
+            raise
+        finally:
+            self._connections.release(connection)
 
-    def _give_back(self, connection: Connection) -> None:
-        if not connection.closed:
-            with self._lock:
-                if not self._closed:
-                    self._idle.append(connection)
-                    return
-        connection.close()
-
-    def _connect(self) -> Connection:
+    def _connect(self, _left_seconds: float) -> Connection:
+        """A new connection, which has a deadline of its own."""
         deadline = time.monotonic() + self._connect_timeout_seconds
-        try:
+        with connecting(self._name):
             sock = self._endpoint.connect(self._context, self._connect_timeout_seconds)
-        except ssl.SSLCertVerificationError as error:
-            raise TierUnavailable(f"{self._name}: certificate refused: {error.verify_message}") from error
-        except OSError as error:
-            reason = "no connection before the deadline" if isinstance(error, TimeoutError) else error
-            raise TierUnavailable(f"{self._name}: cannot connect: {reason}") from error
         connection = Connection(sock, self._name)
         try:
             connection.start(deadline - time.monotonic())
@@ -132,8 +97,4 @@ class Server:
 
     def close(self) -> None:
         """Close idle connections now and those in use when they are given back. Idempotent."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        self._connections.close()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
 from kvstrata.errors import ConfigError
 from kvstrata.tiers.base import TierOptions
+from kvstrata.tiers.urls import unknown_parameter
 
 _SHORT = {"device": "device_name"}
 """Names in a URL's query that differ from the option's (LMCache writes ``?device=mlx5_0``)."""
@@ -72,9 +72,7 @@ def read_url(options: MooncakeOptions) -> tuple[Master, MooncakeOptions]:
     values = msgspec.structs.asdict(options)
     for name, value in query:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"url of the mooncakestore tier: unknown parameter {name!r}{hint}")
+            raise unknown_parameter("mooncakestore", name, known)
         values[_SHORT.get(name, name)] = value
     try:
         options = msgspec.convert(values, MooncakeOptions, strict=False)

@@ -8,11 +8,11 @@ import time
 
 import msgspec
 
-from kvstrata.errors import ConfigError
 from kvstrata.tiers import sockets
+from kvstrata.tiers.tls import TLSEndpoint
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+class Endpoint(TLSEndpoint, frozen=True, kw_only=True):
     """One plain server. ``repr`` would show the password: use :meth:`describe`."""
 
     host: str = ""
@@ -22,13 +22,6 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     username: str = ""
     password: str = ""
     db: int = 0
-    tls: bool = False
-    ca_file: str = ""
-    """Certificates to trust; those of the system when empty."""
-    certificate_file: str = ""
-    key_file: str = ""
-    check_hostname: bool = True
-    verify: bool = True
 
     def describe(self) -> str:
         """The address without secrets."""
@@ -46,28 +39,6 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     def at(self, host: str, port: int) -> Endpoint:
         """The same login and TLS at another address."""
         return msgspec.structs.replace(self, host=host, port=port, socket_path="")
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self.describe()})"
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        """The settings of TLS connections; None for plain ones.
-
-        Raises:
-            ConfigError: a certificate file cannot be used.
-        """
-        if not self.tls:
-            return None
-        try:
-            context = ssl.create_default_context(cafile=self.ca_file or None)
-            if self.certificate_file:
-                context.load_cert_chain(self.certificate_file, self.key_file or None)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"TLS files of {self.describe()} cannot be used: {error}") from error
-        context.check_hostname = self.check_hostname and self.verify
-        if not self.verify:
-            context.verify_mode = ssl.CERT_NONE
-        return context
 
     def connect(self, context: ssl.SSLContext | None, timeout_seconds: float) -> socket.socket:
         """A connected socket, its TLS handshake done.

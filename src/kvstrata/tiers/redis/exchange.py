@@ -11,10 +11,11 @@ from typing import TypeAlias
 import msgspec
 
 from kvstrata.errors import TierUnavailable
+from kvstrata.tiers.connections import Busy
 from kvstrata.tiers.redis.batch import Answer, Request
 from kvstrata.tiers.redis.login import fair_share, masked
 from kvstrata.tiers.redis.resp import Connection, ErrorReply, command
-from kvstrata.tiers.redis.server import REJOIN_CODES, Busy, Server
+from kvstrata.tiers.redis.server import REJOIN_CODES, Server
 from kvstrata.tiers.redis.topology import Again, Ask, Topology
 
 MAX_ROUNDS = 4

@@ -8,6 +8,7 @@ import time
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.redis.endpoint import Endpoint
 from kvstrata.tiers.redis.resp import Connection, ErrorReply, Reply, command
+from kvstrata.tiers.sockets import connecting
 
 
 def fair_share(deadline: float, num_left: int) -> float:
@@ -28,13 +29,8 @@ def log_in(
     """
     name = endpoint.describe()
     deadline = time.monotonic() + timeout_seconds
-    try:
+    with connecting(name):
         sock = endpoint.connect(context, timeout_seconds)
-    except ssl.SSLCertVerificationError as error:
-        raise TierUnavailable(f"{name}: certificate refused: {error.verify_message}") from error
-    except OSError as error:
-        reason = "no connection before the deadline" if isinstance(error, TimeoutError) else error
-        raise TierUnavailable(f"{name}: cannot connect: {reason}") from error
     connection = Connection(sock, name)
     try:
         connection.start(deadline - time.monotonic())

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import select
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
 
 from kvstrata.errors import TierError, TierFull, TierUnavailable
+from kvstrata.tiers.connections import Connections
 from kvstrata.tiers.redis.endpoint import Endpoint
 from kvstrata.tiers.redis.introduction import info_lines, introduce
 from kvstrata.tiers.redis.login import log_in, masked
@@ -33,10 +32,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     ttl_is_set: bool = False
 
 
-class Busy(TierUnavailable):
-    """All connections stay in use: no fault of the server."""
-
-
 class Server:
     """At most ``num_connections`` connections to one endpoint, the last used taken first. Thread-safe."""
 
@@ -51,11 +46,9 @@ class Server:
         """For those who have other servers to go on with; a server that is alone is always asked."""
         self._context = context
         self._role = role
-        self._free = threading.BoundedSemaphore(limits.num_connections)
+        self._connections = Connections(self.name, limits.num_connections, self._connect)
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
         self._introduced = False
-        self._closed = False
 
     def acquire(self, timeout_seconds: float) -> Connection:
         """A connection for one thread until it is given to :meth:`release`; its deadline is not started.
@@ -64,27 +57,14 @@ class Server:
             Busy: all connections stay in use.
             TierUnavailable: no new one can be made.
         """
-        deadline = time.monotonic() + timeout_seconds
-        if not self._free.acquire(timeout=max(timeout_seconds, 0)):
-            raise Busy(f"{self.name}: all connections are in use")
-        try:
-            return self._take() or self._connect(deadline - time.monotonic())
-        except BaseException:
-            self._free.release()
-            raise
+        connection, _ = self._connections.acquire(timeout_seconds)
+        return connection
 
     def release(self, connection: Connection) -> None:
         """Keep a connection for the next operation if it is in order, else close it."""
-        if connection.idle and not connection.closed:
-            with self._lock:
-                keep = not self._closed
-                if keep:
-                    self._idle.append(connection)
-        else:
-            keep = False
-        if not keep:
+        if not connection.idle:
             connection.close()
-        self._free.release()
+        self._connections.release(connection)
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
@@ -102,19 +82,6 @@ class Server:
             raise
         finally:
             self.release(connection)
-
-    def _take(self) -> Connection | None:
-        """An idle connection that is still good. Bytes or an end of file while idle mean that it is not."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
-                connection = self._idle.pop()
-            poll = select.poll()
-            poll.register(connection.fileno(), select.POLLIN)
-            if not poll.poll(0):
-                return connection
-            connection.close()
 
     def _connect(self, timeout_seconds: float) -> Connection:
         timeout_seconds = min(timeout_seconds, self.limits.connect_timeout_seconds)
@@ -163,13 +130,8 @@ class Server:
 
     def drop_idle(self) -> None:
         """Close the connections that nobody uses now."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        self._connections.drop_idle()
 
     def close(self) -> None:
         """Close idle connections now and those in use when they are given back. Idempotent."""
-        with self._lock:
-            self._closed = True
-        self.drop_idle()
+        self._connections.close()

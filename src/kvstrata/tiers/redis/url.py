@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
 from kvstrata.errors import ConfigError
+from kvstrata.tiers import urls
 from kvstrata.tiers.redis.endpoint import Endpoint
+from kvstrata.tiers.tls import TLS_PARAMETERS, tls_fields
 
 Kind = Literal["single", "ring", "sentinel", "cluster"]
 ReadFrom = Literal["master", "replica"]
@@ -30,10 +32,11 @@ SCHEMES: dict[str, tuple[Kind, bool]] = {
 }
 """What each scheme stands for, and whether it means TLS; ``unix`` has a path in place of hosts."""
 
-TLS_PARAMETERS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs")
 SENTINEL_PARAMETERS = ("sentinel_username", "sentinel_password", "read_from")
 PARAMETERS = ("db", "username", "password", "ssl", *TLS_PARAMETERS, *SENTINEL_PARAMETERS)
 DEFAULT_SERVICE = "mymaster"
+_wrong = partial(urls.wrong, "redis")
+_flag = partial(urls.flag, "redis")
 _DEFAULT_PORTS: dict[Kind, int] = {"single": 6379, "ring": 6379, "cluster": 6379, "sentinel": 26379}
 
 
@@ -102,7 +105,7 @@ def parse_url(url: str) -> Deployment:
         db=_database(kind, query.get("db", ""), "" if kind == "sentinel" else parts.path.strip("/")),
         username=username,
         password=password,
-        **(_tls(query) if tls else _no_tls(query)),
+        **(tls_fields("redis", query) if tls else _no_tls(query)),
     )
     if kind != "sentinel":
         _refuse(query, SENTINEL_PARAMETERS, "needs redis-sentinel://")
@@ -120,10 +123,6 @@ def parse_url(url: str) -> Deployment:
     )
 
 
-def _wrong(what: str) -> ConfigError:
-    return ConfigError(f"url of the redis tier: {what}")
-
-
 def _unreadable(scheme: str) -> ConfigError:
     return ConfigError(
         f"url of the redis tier cannot be read ({scheme}://...): a wrong port or query, or a password"
@@ -134,9 +133,7 @@ def _unreadable(scheme: str) -> ConfigError:
 def _check_names(query: dict[str, str]) -> None:
     for name in query:
         if name not in PARAMETERS:
-            near = difflib.get_close_matches(name, PARAMETERS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise _wrong(f"unknown parameter {name!r}{hint}")
+            raise urls.unknown_parameter("redis", name, PARAMETERS)
 
 
 def _refuse(query: dict[str, str], names: tuple[str, ...], why: str) -> None:
@@ -179,25 +176,6 @@ def _database(kind: Kind, parameter: str, path: str) -> int:
     return int(text or 0)
 
 
-def _tls(query: dict[str, str]) -> dict[str, Any]:
-    return {
-        "tls": True,
-        "ca_file": query.get("ssl_ca_certs", ""),
-        "certificate_file": query.get("ssl_certfile", ""),
-        "key_file": query.get("ssl_keyfile", ""),
-        "check_hostname": _flag(query, "ssl_check_hostname", {"true": True, "false": False}),
-        "verify": _flag(query, "ssl_cert_reqs", {"required": True, "none": False}),
-    }
-
-
 def _no_tls(query: dict[str, str]) -> dict[str, Any]:
     _refuse(query, TLS_PARAMETERS, "needs rediss:// (or ssl=true)")
     return {}
-
-
-def _flag(query: dict[str, str], name: str, values: dict[str, Any]) -> Any:
-    """The value that the parameter stands for; the first of ``values`` when it is not given."""
-    text = query.get(name, next(iter(values))).lower()
-    if text not in values:
-        raise _wrong(f"{name}={text!r}; allowed are {', '.join(values)}")
-    return values[text]

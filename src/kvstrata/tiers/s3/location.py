@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 import msgspec
 
 from kvstrata.errors import ConfigError
+from kvstrata.tiers.urls import unknown_parameter
 
 PARAMETERS = ("endpoint", "region", "addressing", "ca_file")
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -76,9 +76,9 @@ def parse_url(url: str) -> Location:
         )
     for name in query:
         if name not in PARAMETERS:
-            near = difflib.get_close_matches(name, PARAMETERS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(PARAMETERS)}"
-            raise ConfigError(f"url of the s3 tier: unknown parameter {name!r}{hint}")
+            raise unknown_parameter(
+                "s3", name, PARAMETERS, otherwise=f"; allowed are {', '.join(PARAMETERS)}"
+            )
     if not _BUCKET.fullmatch(parts.netloc):
         raise ConfigError("url of the s3 tier: no bucket name; it is s3://bucket/prefix")
     prefix = unquote(parts.path).strip("/")
