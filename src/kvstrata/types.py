@@ -164,6 +164,15 @@ def parse_key(text: str) -> ParsedKey:
     )
 
 
+def is_key(text: str) -> bool:
+    """Whether ``text`` is a readable key of kvstrata."""
+    try:
+        parse_key(text)
+    except ValueError:
+        return False
+    return True
+
+
 class Piece(msgspec.Struct, frozen=True):
     """One stored unit of a sequence: a full chunk, a tail, or a remainder.
 

@@ -23,7 +23,7 @@ from kvstrata.codecs.open import Decoders
 from kvstrata.config import WritePolicy
 from kvstrata.errors import TierError, TierFull, TierPartlyUnavailable, TierUnavailable
 from kvstrata.metrics import Metrics
-from kvstrata.tiers.base import Tier
+from kvstrata.tiers.base import PROBE_KEY, Tier
 from kvstrata.types import Miss, MissReason, TierStats
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ _MAX_SAID = 16
 """Different reasons why entries cannot be read that a tier's log names."""
 
 T = TypeVar("T")
-_PROBE_KEY = "kvstrata@probe@0@0@0"
 ContainsDone = Callable[[list[bool] | None, float], None]
 ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None]], None]
 Measured = Callable[[int, float], None]
@@ -424,7 +423,7 @@ class TierIO:
     def _probe(self) -> None:
         """Ask in the background until the tier answers again. Requests never serve as probes."""
         while not self._closing.wait(self._probe_seconds):
-            _, error = attempt(lambda: self.tier.contains([_PROBE_KEY]))
+            _, error = attempt(lambda: self.tier.contains([PROBE_KEY]))
             if error is None:
                 self.breaker.succeeded()
                 self._said_full = False

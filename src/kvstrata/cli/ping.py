@@ -14,13 +14,13 @@ from kvstrata.cli.output import AsJson, print_json
 from kvstrata.client import RemoteClient
 from kvstrata.config import mask, tier_from_url
 from kvstrata.errors import ServerUnavailable, TierError
+from kvstrata.tiers.base import PROBE_KEY
 from kvstrata.tiers.open import open_tier
 
 EXAMPLE = "Example: kvstrata ping redis://127.0.0.1:6379 --count 5"
 
 _FAULT = 1
 _TIMEOUT_SECONDS = 5.0
-_PROBE_KEY = "kvstrata@probe@0@0@0"
 
 
 def ping(
@@ -81,4 +81,4 @@ def _opened(
 
         return target, ask
     tier = stack.enter_context(contextlib.closing(open_tier(tier_from_url(target))))
-    return tier.describe(), lambda: tier.contains([_PROBE_KEY])
+    return tier.describe(), lambda: tier.contains([PROBE_KEY])

@@ -16,10 +16,9 @@ from kvstrata.config import Settings, TierConfig, unbounded
 from kvstrata.doctor.finding import Finding, Level
 from kvstrata.errors import ConfigError, PluginError, TierError
 from kvstrata.logs import LOGGER_NAME
-from kvstrata.tiers.base import Tier
+from kvstrata.tiers.base import PROBE_KEY, Tier
 from kvstrata.tiers.open import open_tier
 
-_PROBE_KEY = "kvstrata@probe@0@0@0"
 _SLOW_SECONDS = 0.02
 _ENCRYPTED = frozenset({"rediss", "rediss-sentinel", "rediss-cluster", "valkeys", "lms", "https", "s3"})
 
@@ -69,9 +68,9 @@ def check_tier(config: TierConfig) -> Iterator[Finding]:
 
 def _check_answer(check: str, tier: Tier) -> Finding:
     try:
-        tier.contains([_PROBE_KEY])
+        tier.contains([PROBE_KEY])
         started = time.monotonic()
-        tier.contains([_PROBE_KEY])
+        tier.contains([PROBE_KEY])
         seconds = time.monotonic() - started
     except TierError as error:
         return Finding(

@@ -12,11 +12,11 @@ from kvstrata.errors import KVStrataError, TierError
 from kvstrata.operator.conditions import Condition
 from kvstrata.operator.manifests import PORT
 from kvstrata.operator.options import PASSWORD
+from kvstrata.tiers.base import PROBE_KEY
 from kvstrata.tiers.open import open_tier
 
 TIMEOUT_SECONDS = 3.0
 _METRIC = "vllm:kvstrata_"
-_KEY = "kvstrata@probe@0@0@0"
 _MAX_METRICS_BYTES = 16 << 20
 
 
@@ -26,7 +26,7 @@ def cache_reachable(url: str) -> Condition:
     url = url.replace(PASSWORD, os.environ.get("REDIS_PASSWORD", ""))
     try:
         with contextlib.closing(open_tier(tier_from_url(url))) as tier:
-            tier.contains([_KEY])
+            tier.contains([PROBE_KEY])
     except TierError as error:
         return Condition("CacheReachable", met=False, reason="Unreachable", message=str(error)[:500])
     except KVStrataError as error:

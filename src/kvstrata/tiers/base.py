@@ -15,6 +15,9 @@ import msgspec
 
 from kvstrata.types import Miss, TierStats
 
+PROBE_KEY = "kvstrata@probe@0@0@0"
+"""A key that nobody has: whoever wants to know whether a tier answers asks for it."""
+
 
 class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings that every tier has; each tier adds its own in a subclass."""

@@ -25,8 +25,8 @@ from kvstrata.tiers.base import Tier, TierOptions
 from kvstrata.tiers.file.cleaner import Cleaner
 from kvstrata.tiers.file.clock import ServerClock
 from kvstrata.tiers.file.state import STATE
-from kvstrata.tiers.files import allocate, entries_of, read_into, translated
-from kvstrata.tiers.paths import SUFFIX, key_path, may_hold, path_key
+from kvstrata.tiers.files import allocate, key_files, read_into, translated, write_all
+from kvstrata.tiers.paths import key_path
 from kvstrata.types import Miss, MissReason, TierStats
 
 TOUCH_SECONDS = 60.0
@@ -190,9 +190,7 @@ class FileTier(Tier):
         try:
             try:
                 allocate(fd, len(frame))
-                done = 0
-                while done < len(frame):
-                    done += os.write(fd, frame[done:])
+                write_all(fd, frame)
                 if self.options.fsync:
                     os.fsync(fd)
             finally:
@@ -232,18 +230,8 @@ class FileTier(Tier):
         """See :class:`Tier`."""
         with translated("scan", self._root):
             self._check_presence()
-            pending = [""]
-            while pending:
-                relative = pending.pop()
-                for entry in entries_of(f"{self._root}/{relative}"):
-                    path = f"{relative}{entry.name}"
-                    if entry.is_dir(follow_symlinks=False):
-                        if path != STATE and may_hold(path, prefix):
-                            pending.append(path + "/")
-                    elif entry.name.endswith(SUFFIX) and path.count("/") >= 3:
-                        key = path_key(path)
-                        if key is not None and key.startswith(prefix):
-                            yield key
+            for key, _ in key_files(self._root, prefix, STATE):
+                yield key
 
     def stats(self) -> TierStats:
         """See :class:`Tier`. What the last cleaning found, and what this process has written since."""

@@ -13,7 +13,7 @@ from kvstrata.tiers.base import ExpiringTier, TierOptions
 from kvstrata.tiers.lm import extended, plain, wire
 from kvstrata.tiers.lm.endpoint import parse_url, read_token
 from kvstrata.tiers.lm.server import Server
-from kvstrata.types import Miss, TierStats, parse_key
+from kvstrata.types import Miss, TierStats, is_key
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,9 @@ class LmTier(ExpiringTier):
                 cursor, names = extended.scan_page(connection, prefix.encode(), cursor)
             for name in names:
                 key = name.decode("utf-8", "replace")
-                if key.startswith(prefix) and _is_ours(key):
+                if key.startswith(prefix) and is_key(
+                    key
+                ):  # others are those of an LMCache client of the same server
                     yield key
             if not cursor:
                 return
@@ -185,12 +187,3 @@ def _names(keys: Sequence[str]) -> list[bytes]:
 
 def _plain(keys: Sequence[str]) -> list[bytes]:
     return [wire.plain_key(key) for key in keys]
-
-
-def _is_ours(key: str) -> bool:
-    """Whether ``key`` is one of kvstrata, not of an LMCache client of the same server."""
-    try:
-        parse_key(key)
-    except ValueError:
-        return False
-    return True

@@ -18,7 +18,7 @@ from kvstrata.tiers.mooncake.master import MasterHTTP
 from kvstrata.tiers.mooncake.options import MooncakeOptions, read_url
 from kvstrata.tiers.mooncake.store import Store
 from kvstrata.tiers.seal import SEAL_BYTES, make_seal
-from kvstrata.types import Miss, MissReason, TierStats, parse_key
+from kvstrata.types import Miss, MissReason, TierStats, is_key
 
 MAX_UNASKED_BYTES = 256 << 20
 """For a buffer that is larger the object's size is asked for first (``kvstrata keys show`` has one of 4 GiB)."""
@@ -85,7 +85,7 @@ class MooncakeTier(Tier):
 
     def scan(self, prefix: str = "") -> Iterator[str]:
         """See :class:`Tier`. The master lists all keys of the cluster in one answer; it has no other listing."""
-        return (key for key in self._http.list_keys() if key.startswith(prefix) and _is_key(key))
+        return (key for key in self._http.list_keys() if key.startswith(prefix) and is_key(key))
 
     def stats(self) -> TierStats:
         """See :class:`Tier`. Of the whole cluster, which may have other users."""
@@ -119,11 +119,3 @@ def _miss(code: int, room: int) -> Miss:
     if code == library.TOO_SMALL:
         return Miss(MissReason.CORRUPT, f"the frame is larger than its buffer of {room} bytes")
     return Miss(MissReason.TIER_DOWN, f"it could not be transferred: {library.code_name(code)}")
-
-
-def _is_key(text: str) -> bool:
-    try:
-        parse_key(text)
-    except ValueError:
-        return False
-    return True

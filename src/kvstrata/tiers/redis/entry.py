@@ -9,7 +9,7 @@ import msgspec
 from kvstrata.errors import FrameError
 from kvstrata.frame import FRAME_VERSION, HEADER_BYTES, FrameHeader
 from kvstrata.tiers.redis.parts import Manifest
-from kvstrata.types import parse_key
+from kvstrata.types import is_key, parse_key
 
 VALUE_SUFFIX = b"kv_bytes"
 METADATA_SUFFIX = b"metadata"
@@ -35,15 +35,9 @@ class Entry(msgspec.Struct, frozen=True):
         return self.frame if self.manifest is None else memoryview(self.manifest.pack())
 
 
-def is_key(text: str) -> bool:
+def is_own_key(text: str) -> bool:
     """Whether ``text`` is a readable key of kvstrata, without another one's prefix before the engine's name."""
-    if not _ENGINE.match(text):
-        return False
-    try:
-        parse_key(text)
-    except ValueError:
-        return False
-    return True
+    return _ENGINE.match(text) is not None and is_key(text)
 
 
 def metadata(key: str, frame: memoryview, *, num_parts: int = 0) -> list[bytes]:

@@ -16,7 +16,7 @@ from kvstrata.tiers.base import ExpiringTier, TierOptions
 from kvstrata.tiers.redis import batch
 from kvstrata.tiers.redis.batch import Commands, Count, Get, set_command
 from kvstrata.tiers.redis.deployment import open_topology
-from kvstrata.tiers.redis.entry import METADATA_SUFFIX, VALUE_SUFFIX, Entry, escape_glob, is_key, metadata
+from kvstrata.tiers.redis.entry import METADATA_SUFFIX, VALUE_SUFFIX, Entry, escape_glob, is_own_key, metadata
 from kvstrata.tiers.redis.exchange import Down, Outcome, Refused, exchange
 from kvstrata.tiers.redis.parts import MANIFEST_BYTES, MAX_PARTS, Manifest, must_split
 from kvstrata.tiers.redis.resp import MAX_BULK_BYTES, ErrorReply, TooLong, command
@@ -217,7 +217,7 @@ class RedisTier(ExpiringTier):
                     raise TierUnavailable(server.outage.reason)
                 for name in self._names(server, prefix):
                     key = name[len(self._prefix) : -len(VALUE_SUFFIX)].decode("utf-8", "replace")
-                    if key.startswith(prefix) and is_key(key) and key not in seen:
+                    if key.startswith(prefix) and is_own_key(key) and key not in seen:
                         seen.add(key)
                         yield key
             except TierUnavailable as error:
