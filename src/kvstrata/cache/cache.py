@@ -154,8 +154,8 @@ class Cache:
         for entry in itertools.chain(*reached.entries):
             lookup.lease(entry)
         by_tier: dict[str, int] = {}
-        for piece, shards in zip(reached.pieces, reached.entries, strict=True):
-            tier = next((name for e in shards if (name := lookup.fetched.get(e.key))), "l1")
+        for piece in reached.pieces:
+            tier = lookup.source(piece)
             by_tier[tier] = by_tier.get(tier, 0) + piece.num_tokens
         shards_range = range(lookup.namespace.world_size)
         for shard in shards_range:
@@ -399,7 +399,6 @@ class Cache:
 
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
         """Drop a namespace, or everything, from L1 now, and from the tiers in the background if they are meant."""
-        jobs: list[Job] = []
         with self._lock:
             entries = self.index.of_namespace(namespace)
             for entry in entries:
@@ -417,7 +416,7 @@ class Cache:
                 if namespace is None or lookup.namespace is namespace:
                     lookup.held_by_tier.clear()
             prefix = "" if namespace is None else namespace.key_prefix
-            jobs += [
+            jobs = [
                 partial(self.tiers[i].clear, prefix, partial(self._cleared, i, namespace)) for i in chosen
             ]
         for job in jobs:

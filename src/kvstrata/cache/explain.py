@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from kvstrata.cache.gate import Decision
-from kvstrata.cache.index import Entry, State, entry_key
+from kvstrata.cache.index import Entry, State
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.walk import position_candidates
 from kvstrata.frame import HEADER_BYTES, tokens_hash_in
@@ -109,9 +109,7 @@ def _covered(lookup: Lookup) -> Iterator[TokenRange]:
     if lookup.first_block:
         yield TokenRange(0, lookup.first_block * lookup.namespace.layout.block_size, "engine")
     for piece in lookup.hit.pieces:
-        keys = (entry_key(piece.chunk_hash, shard) for shard in range(lookup.namespace.world_size))
-        tier = next((name for key in keys if (name := lookup.fetched.get(key))), L1)
-        yield TokenRange(piece.first_token, piece.num_tokens, "hit", tier=tier)
+        yield TokenRange(piece.first_token, piece.num_tokens, "hit", tier=lookup.source(piece))
 
 
 def _missing(lookup: Lookup, tier_names: Sequence[str]) -> Iterator[TokenRange]:

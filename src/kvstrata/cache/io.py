@@ -114,10 +114,14 @@ class TierIO:
     # Look-ups
 
     def contains(
-        self, keys: Sequence[str], expires_at: float, done: ContainsDone, chunk_ends: Sequence[range] = ()
+        self,
+        keys: Sequence[str],
+        chunk_ends: Callable[[], Sequence[range]],
+        expires_at: float,
+        done: ContainsDone,
     ) -> None:
         """Ask which keys are held, and how many seconds that took; they are None when the tier is down, or when
-        its turn came too late to matter. ``chunk_ends``: see :func:`contains_in_steps`."""
+        its turn came too late to matter. ``chunk_ends`` is called where :func:`contains_in_steps` wants it."""
         if self.breaker.is_open:
             done(None, 0.0)
             return
@@ -133,9 +137,9 @@ class TierIO:
 
         self._lookups.submit(job)
 
-    def _contains(self, keys: Sequence[str], chunk_ends: Sequence[range]) -> list[bool]:
-        if chunk_ends and self.tier.asks_key_by_key:
-            return contains_in_steps(self.tier.contains, keys, chunk_ends)
+    def _contains(self, keys: Sequence[str], chunk_ends: Callable[[], Sequence[range]]) -> list[bool]:
+        if self.tier.asks_key_by_key:
+            return contains_in_steps(self.tier.contains, keys, chunk_ends())
         return self.tier.contains(keys)
 
     def stalled(self, waited_seconds: float = 0.0) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from kvstrata.cache.gate import Decision
-from kvstrata.cache.index import Entry
+from kvstrata.cache.index import Entry, entry_key
 from kvstrata.cache.walk import Candidates
-from kvstrata.types import Hit, MissReason, Namespace, Prefix
+from kvstrata.metrics import L1
+from kvstrata.types import Hit, MissReason, Namespace, Piece, Prefix
 
 
 class Lookup:
@@ -101,6 +102,11 @@ class Lookup:
         if entry not in self.leased:
             entry.leases += 1
             self.leased[entry] = None
+
+    def source(self, piece: Piece) -> str:
+        """Where a piece of the hit came from: the tier that supplied a shard of it, else L1."""
+        keys = (entry_key(piece.chunk_hash, shard) for shard in range(self.namespace.world_size))
+        return next((name for key in keys if (name := self.fetched.get(key))), L1)
 
     def tier_holding(self, position: int, shard: int) -> int | None:
         """The tier to read a shard of a candidate from: the first in order that holds it, of those whose answer is

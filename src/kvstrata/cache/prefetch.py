@@ -72,12 +72,11 @@ class Prefetch:
                 lookup.lease(entry)
         lookup.candidates = Candidates(namespace, lookup.prefix, reached.next_block)
         lookup.order = self._order(lookup, reached)
-        keys = lookup.candidates.keys()
+        keys, chunk_ends = lookup.candidates.keys(), lookup.candidates.chunk_ends
         lookup.waiting_for = set(asked)
         expires_at = time.monotonic() + lookup.deadline - self._clock()
-        chunk_ends = lookup.candidates.chunk_ends()
         return [
-            partial(self._tiers[i].contains, keys, expires_at, partial(self._answered, lookup, i), chunk_ends)
+            partial(self._tiers[i].contains, keys, chunk_ends, expires_at, partial(self._answered, lookup, i))
             for i in asked
         ]
 

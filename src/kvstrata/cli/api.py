@@ -14,14 +14,13 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import typer
 
-from kvstrata.cli.output import print_json
+from kvstrata.cli.output import FAULT, print_json
 from kvstrata.config import load_settings
 from kvstrata.errors import ConfigError, KVStrataError, ServerUnavailable
 
 DEFAULT_PORT = 8080
 _TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS = 0.2
-_FAULT = 1
 
 Url = Annotated[
     str | None,
@@ -183,4 +182,4 @@ def follow(
 
 def outcome(job: dict[str, Any]) -> int:
     """The exit status that a job's end stands for: 1 when it did not get to its end."""
-    return _FAULT if job["state"] in {"failed", "cancelled"} else 0
+    return FAULT if job["state"] in {"failed", "cancelled"} else 0

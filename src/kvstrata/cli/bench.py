@@ -14,7 +14,7 @@ import msgspec
 import typer
 
 from kvstrata.bench.report import Report, cell, summary
-from kvstrata.cli.output import print_json, print_table
+from kvstrata.cli.output import FAULT, print_json, print_table
 
 app = typer.Typer(
     help="Measure on this machine what the cache costs and brings. Ratios of one run can be compared, absolute "
@@ -25,7 +25,6 @@ app = typer.Typer(
 )
 
 T = TypeVar("T")
-_FAULT = 1
 
 Json = Annotated[
     str | None,
@@ -210,7 +209,7 @@ def _show(report: Report, as_json: str | None, *, strict: bool) -> int:
         _print(report)
         if as_json is not None:
             Path(as_json).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-    return _FAULT if strict and report.missed else 0
+    return FAULT if strict and report.missed else 0
 
 
 def _print(report: Report) -> None:

@@ -19,11 +19,10 @@ from kvstrata.cli.api import (
     follow,
     outcome,
 )
-from kvstrata.cli.output import AsJson
+from kvstrata.cli.output import FAULT, AsJson
 
 EXAMPLE = "Example: kvstrata clear --tier l1 --yes"
 
-_FAULT = 1
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -49,7 +48,7 @@ def clear(
         if as_json or not sys.stdin.isatty():
             raise typer.BadParameter("nobody to ask: add --yes")
         if not typer.confirm(f"Drop {what} from {', '.join(tier or ['all tiers'])} of {api.url}?"):
-            return _FAULT
+            return FAULT
     body = {"tiers": tier or None}
     path = "/entries/delete" if scope else "/clear"
     job = api.ask("POST", path, body | scope)

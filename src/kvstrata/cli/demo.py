@@ -14,11 +14,10 @@ from typing import Annotated
 import msgspec
 import typer
 
-from kvstrata.cli.output import AsJson, print_json, print_table
+from kvstrata.cli.output import FAULT, AsJson, print_json, print_table
 from kvstrata.errors import PluginError
 
 EXAMPLE = "Example: kvstrata demo --cache-dir .cache --report demo-report.json"
-_FAULT = 1
 
 
 def demo(
@@ -54,7 +53,7 @@ def demo(
         print(f"\nwritten to {report}; every figure was measured in this run")
     for shortcoming in outcome.shortcomings():
         print(f"kvstrata demo: {shortcoming}", file=sys.stderr)
-    return _FAULT if outcome.shortcomings() else 0
+    return FAULT if outcome.shortcomings() else 0
 
 
 class _Progress:

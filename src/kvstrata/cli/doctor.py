@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-from kvstrata.cli.output import AsJson, ConfigFile, print_json
+from kvstrata.cli.output import FAULT, AsJson, ConfigFile, print_json
 from kvstrata.doctor import Level, examine
 
 EXAMPLE = "Example: kvstrata doctor --config kvstrata.yaml values.yaml"
-
-_FAULT = 1
 
 
 def doctor(
@@ -44,4 +42,4 @@ def doctor(
         print_json({"findings": found, "counts": counts})
     else:
         print(f"{counts[Level.ERROR]} errors, {counts[Level.WARNING]} warnings")
-    return _FAULT if counts[Level.ERROR] else 0
+    return FAULT if counts[Level.ERROR] else 0

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from kvstrata.cli.output import AsJson, ConfigFile, print_json, print_table
+from kvstrata.cli.output import FAULT, AsJson, ConfigFile, print_json, print_table
 from kvstrata.config import TierConfig, load_settings, tier_configs, tier_from_url, unbounded
 from kvstrata.errors import ConfigError
 from kvstrata.tiers.base import Tier
@@ -28,7 +28,6 @@ app = typer.Typer(
 )
 
 _DELETE_BATCH = 256
-_FAULT = 1
 
 TierOption = Annotated[
     str | None,
@@ -104,7 +103,7 @@ def show(
         print_json({"key": key, "entries": found})
     for entry in found if not as_json else ():
         print_table(("field", "value"), [(name, str(value)) for name, value in entry.items()])
-    return 0 if any(entry["held"] for entry in found) else _FAULT
+    return 0 if any(entry["held"] for entry in found) else FAULT
 
 
 @app.command(epilog="Example: kvstrata keys delete vllm@my-model@ --tier redis://127.0.0.1:6379 --yes")

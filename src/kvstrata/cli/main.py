@@ -34,9 +34,10 @@ from kvstrata.cli import (
     version,
     warm,
 )
+from kvstrata.cli.output import FAULT
 from kvstrata.errors import ConfigError, KVStrataError, PluginError
 
-OK, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, USAGE, INTERRUPTED = 0, 2, 130
 
 # The base of all usage errors. Taken from here because newer versions of typer bring their own click.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])

@@ -1,4 +1,4 @@
-"""What commands share: the option ``--json``, tables, notices."""
+"""What commands share: the option ``--json``, tables, notices, the exit status of a fault."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+
+FAULT = 1
+"""Exit status: what was asked for was not done, or not found."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 ConfigFile = Annotated[

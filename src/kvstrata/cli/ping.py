@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvstrata.cli.api import TokenFile, connect
-from kvstrata.cli.output import AsJson, print_json
+from kvstrata.cli.output import FAULT, AsJson, print_json
 from kvstrata.client import RemoteClient
 from kvstrata.config import mask, tier_from_url
 from kvstrata.errors import ServerUnavailable, TierError
@@ -19,7 +19,6 @@ from kvstrata.tiers.open import open_tier
 
 EXAMPLE = "Example: kvstrata ping redis://127.0.0.1:6379 --count 5"
 
-_FAULT = 1
 _TIMEOUT_SECONDS = 5.0
 
 
@@ -45,7 +44,7 @@ def ping(
         print(f"{name} answers: {listed} ms")
     else:
         print(f"{name} does not answer: {error}")
-    return 0 if error is None else _FAULT
+    return 0 if error is None else FAULT
 
 
 def _measure(target: str | None, count: int, token_file: str | None) -> tuple[str, str | None, list[float]]:

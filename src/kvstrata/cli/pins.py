@@ -14,15 +14,13 @@ from kvstrata.cli.api import (
     Url,
     connect,
 )
-from kvstrata.cli.output import AsJson, print_json, print_table
+from kvstrata.cli.output import FAULT, AsJson, print_json, print_table
 from kvstrata.cli.status import duration, size
 from kvstrata.cli.tokens import Keys, Tokens, read_tokens
 
 PIN_EXAMPLE = "Example: kvstrata pin --owner ann --seconds 86400 --tokens prompt.json --model org/model"
 UNPIN_EXAMPLE = "Example: kvstrata unpin --owner ann"
 PINS_EXAMPLE = "Example: kvstrata pins --json"
-
-_FAULT = 1
 
 
 def pin(
@@ -54,7 +52,7 @@ def pin(
             f"pin {found['id']}: {found['num_entries']:,} entries, {size(found['payload_bytes'])}, "
             f"for {duration(found['seconds_left'])}{missing}"
         )
-    return _FAULT if found["num_not_held"] else 0
+    return FAULT if found["num_not_held"] else 0
 
 
 def unpin(
@@ -76,7 +74,7 @@ def unpin(
         print_json({"unpinned": ended})
     else:
         print(f"unpinned {len(ended)}: {sum(each['num_entries'] for each in ended):,} entries")
-    return 0 if ended else _FAULT
+    return 0 if ended else FAULT
 
 
 def pins(url: Url = None, token_file: TokenFile = None, as_json: AsJson = False) -> None:

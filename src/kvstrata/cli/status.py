@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from kvstrata.cli.api import ApiClient, TokenFile, Url, connect
-from kvstrata.cli.output import AsJson, print_json, table_lines
+from kvstrata.cli.output import FAULT, AsJson, print_json, table_lines
 from kvstrata.errors import ServerUnavailable
 
 EXAMPLE = "Example: kvstrata status --watch 2"
 TIERS_EXAMPLE = "Example: kvstrata tiers --url http://127.0.0.1:8080 --json"
 
-_FAULT = 1
 _HOME, _TO_END = "\x1b[H", "\x1b[J"
 
 
@@ -39,7 +38,7 @@ def status(
             print_json(found)
         else:
             print("\n".join(_lines(api.url, found, None)))
-        return _FAULT if any(tier["state"] == "down" for tier in found["tiers"]) else 0
+        return FAULT if any(tier["state"] == "down" for tier in found["tiers"]) else 0
     _watch(api, watch, as_json=as_json)
     return 0
 
@@ -89,7 +88,7 @@ def tiers(url: Url = None, token_file: TokenFile = None, as_json: AsJson = False
         if rows:
             print()
             print("\n".join(table_lines(("tier", "operation", "count", "bytes", "p50", "p90", "p99"), rows)))
-    return _FAULT if any(tier["state"] == "down" for tier in found) else 0
+    return FAULT if any(tier["state"] == "down" for tier in found) else 0
 
 
 def _gather(api: ApiClient) -> dict[str, Any]:

@@ -17,11 +17,9 @@ from kvstrata.cli.api import (
     follow,
     outcome,
 )
-from kvstrata.cli.output import AsJson
+from kvstrata.cli.output import FAULT, AsJson
 
 EXAMPLE = "Example: kvstrata verify --tier redis --sample 1000"
-
-_FAULT = 1
 
 
 def verify(
@@ -52,4 +50,4 @@ def verify(
 
     job = follow(api, job, no_wait=no_wait, as_json=as_json, tell=tell)
     bad = sum(figures["bad"] for figures in job["result"].values())
-    return outcome(job) or (_FAULT if bad else 0)
+    return outcome(job) or (FAULT if bad else 0)

@@ -16,13 +16,11 @@ from kvstrata.cli.api import (
     follow,
     outcome,
 )
-from kvstrata.cli.output import AsJson
+from kvstrata.cli.output import FAULT, AsJson
 from kvstrata.cli.status import size
 from kvstrata.cli.tokens import Keys, Tokens, read_tokens
 
 EXAMPLE = "Example: kvstrata warm --tokens system-prompt.json --model org/model"
-
-_FAULT = 1
 
 
 def warm(
@@ -61,4 +59,4 @@ def warm(
 
     job = follow(api, api.ask("POST", "/warm", body), no_wait=no_wait, as_json=as_json, tell=tell)
     lost = sum(job["result"].get(name, 0) for name in ("not_held", "failed", "no_room"))
-    return outcome(job) or (_FAULT if lost else 0)
+    return outcome(job) or (FAULT if lost else 0)

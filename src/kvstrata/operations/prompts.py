@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.cache.cache import Cache
@@ -143,7 +143,7 @@ class Prompts:
             chunk_hash: all_keys[at * shards : (at + 1) * shards]
             for at, chunk_hash in enumerate(candidates.hashes())
         }
-        answers = self._ask(all_keys, candidates.chunk_ends())
+        answers = self._ask(all_keys, candidates.chunk_ends)
         complete = {
             tier: {chunk_hash for chunk_hash, own in keys.items() if all(held[key] for key in own)}
             for tier, held in answers.items()
@@ -153,12 +153,14 @@ class Prompts:
             cover = _cover(namespace, prefix, reached.next_block, set().union(*complete.values()))
         return Held(reached.pieces, reached.entries, cover, answers, complete)
 
-    def _ask(self, keys: Sequence[str], chunk_ends: Sequence[range]) -> dict[str, dict[str, bool]]:
+    def _ask(
+        self, keys: Sequence[str], chunk_ends: Callable[[], Sequence[range]]
+    ) -> dict[str, dict[str, bool]]:
         """Which keys each tier holds, of the tiers that answer in time. All are asked at once."""
         expires_at = time.monotonic() + ASK_SECONDS
         asked = [_Question(tier.name) for tier in self._cache.tiers] if keys else []
         for tier, question in zip(self._cache.tiers, asked, strict=False):
-            tier.contains(keys, expires_at, question.done, chunk_ends)
+            tier.contains(keys, chunk_ends, expires_at, question.done)
         for question in asked:
             question.answered.wait(max(0.0, expires_at - time.monotonic()))
         return {q.tier: dict(zip(keys, q.held, strict=True)) for q in asked if q.held is not None}

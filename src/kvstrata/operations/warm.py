@@ -111,8 +111,8 @@ class Warming:
         with self._cache.guarded() as index:
             # What was cleared must not come back.
             sources = [name for name in sources if not self._cache.is_being_cleared(name, namespace)]
+            entry = None
             if index.get(piece.chunk_hash, shard) is not None:
-                entry = None
                 outcome = "already_in_l1"
             elif job.result["loaded_bytes"] + namespace.layout.payload_bytes(piece.num_tokens) > (
                 index.allocator.budget_bytes
@@ -120,13 +120,13 @@ class Warming:
                 raise OperationError(
                     "as much as L1's budget was loaded; more would evict what was loaded first"
                 )
+            elif not sources:
+                outcome = "not_held"
             else:
                 entry = index.insert(namespace, piece, shard, State.LOADING)
                 outcome = "no_room"
         if entry is not None:
-            outcome = self._read(entry, piece, self._entries.tier(sources[0])) if sources else "not_held"
-            if not sources:
-                self._settle(entry, held_by=None)
+            outcome = self._read(entry, piece, self._entries.tier(sources[0]))
         job.result[outcome] += 1
         if outcome == "loaded" and entry is not None:
             job.result["loaded_bytes"] += entry.payload_bytes
