@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_walk import BLOCK_SIZE, every_piece, make_namespace, make_prefix
@@ -13,7 +14,7 @@ from kvstrata.cache.walk import Candidates, best_cover
 from kvstrata.types import Namespace, Piece, Prefix
 
 
-def cover(namespace: Namespace, prefix: Prefix, first_block: int, answers: list[bool]) -> list[Piece]:
+def cover(namespace: Namespace, prefix: Prefix, first_block: int, answers: Sequence[int]) -> list[Piece]:
     candidates = Candidates(namespace, prefix, first_block)
     shards = namespace.world_size
 
@@ -29,7 +30,8 @@ def test_same_prefix(data: st.DataObject) -> None:
     namespace = make_namespace(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2)))
     prefix = make_prefix(namespace, data.draw(st.integers(1, 20 * BLOCK_SIZE)))
     first_block = data.draw(st.integers(0, prefix.num_blocks))
-    keys = Candidates(namespace, prefix, first_block).keys()
+    candidates = Candidates(namespace, prefix, first_block)
+    keys = candidates.keys(range(len(candidates)))
     shards = [
         namespace.key(piece.chunk_hash, shard)
         for piece in every_piece(namespace, prefix)
@@ -44,25 +46,27 @@ def test_same_prefix(data: st.DataObject) -> None:
 
     everything = contains(keys)
     asked.clear()
-    ends = Candidates(namespace, prefix, first_block).chunk_ends()
-    in_steps = contains_in_steps(contains, keys, ends)
+    in_steps = contains_in_steps(contains, candidates)
     assert len(asked) == len(set(asked)) <= len(keys)
     assert cover(namespace, prefix, first_block, in_steps) == cover(
         namespace, prefix, first_block, everything
     )
 
 
-def test_few_keys_are_asked_for() -> None:
+@pytest.mark.parametrize(
+    ("num_held", "calls", "num_found"),
+    [(0, [155], 0), (5, [155], 5), (16 * 100 + 5, [155, 15], 15 + 100 + 5), (16 * 125 + 7, [155], 125 + 15 + 7)],
+)
+def test_few_keys_are_asked_for(num_held: int, calls: list[int], num_found: int) -> None:
     namespace = make_namespace(16, 1)
-    prefix = make_prefix(namespace, 2000 * BLOCK_SIZE + 1)
-    held = set(Candidates(namespace, prefix, 0).keys()[: 16 * 100 + 5])
-    calls: list[int] = []
+    prefix = make_prefix(namespace, 2014 * BLOCK_SIZE + 1)
+    candidates = Candidates(namespace, prefix, 0)
+    held = set(candidates.keys(range(num_held)))
+    asked: list[int] = []
 
     def contains(some: Sequence[str]) -> list[bool]:
-        calls.append(len(some))
+        asked.append(len(some))
         return [key in held for key in some]
 
-    candidates = Candidates(namespace, prefix, 0)
-    answers = contains_in_steps(contains, candidates.keys(), candidates.chunk_ends())
-    assert calls == [125, 15]
-    assert sum(answers) == 100 + 5
+    assert sum(contains_in_steps(contains, candidates)) == num_found
+    assert asked == calls

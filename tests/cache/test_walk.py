@@ -135,7 +135,7 @@ def test_what_is_missing_is_asked_for_once_and_in_order(
     assert starts == sorted(starts)
     first_block = rng.randint(0, prefix.num_blocks)
     candidates = Candidates(namespace, prefix, first_block)
-    keys, shards = candidates.keys(), range(namespace.world_size)
+    keys, shards = candidates.keys(range(len(candidates))), range(namespace.world_size)
     positions = set()
     for piece in pieces:
         position = candidates.position(piece)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.cache.steps import contains_in_steps
+from kvstrata.cache.walk import Candidates
 from kvstrata.cache.workers import Workers, attempt
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders
@@ -40,7 +41,7 @@ _MAX_SAID = 16
 """Different reasons why entries cannot be read that a tier's log names."""
 
 T = TypeVar("T")
-ContainsDone = Callable[[list[bool] | None, float], None]
+ContainsDone = Callable[[bytes | None, float], None]
 ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None]], None]
 Measured = Callable[[int, float], None]
 WriteDone = Callable[[bool, float], None]
@@ -113,15 +114,9 @@ class TierIO:
 
     # Look-ups
 
-    def contains(
-        self,
-        keys: Sequence[str],
-        chunk_ends: Callable[[], Sequence[range]],
-        expires_at: float,
-        done: ContainsDone,
-    ) -> None:
-        """Ask which keys are held, and how many seconds that took; they are None when the tier is down, or when
-        its turn came too late to matter. ``chunk_ends`` is called where :func:`contains_in_steps` wants it."""
+    def contains(self, candidates: Candidates, expires_at: float, done: ContainsDone) -> None:
+        """Ask which candidates are held, shard by shard, and how many seconds that took; None when the tier is
+        down, or when its turn came too late to matter."""
         if self.breaker.is_open:
             done(None, 0.0)
             return
@@ -130,17 +125,18 @@ class TierIO:
             held = None
             started = time.monotonic()
             if not self.breaker.is_open and started < expires_at:
-                held = self._call("contains", 0, lambda: self._contains(keys, chunk_ends))
+                held = self._call("contains", 0, lambda: contains_in_steps(self._contains, candidates))
             if held is not None:
                 self._answered_at = time.monotonic()
-            done(held if held is None or len(held) == len(keys) else None, time.monotonic() - started)
+            done(held, time.monotonic() - started)
 
         self._lookups.submit(job)
 
-    def _contains(self, keys: Sequence[str], chunk_ends: Callable[[], Sequence[range]]) -> list[bool]:
-        if self.tier.asks_key_by_key:
-            return contains_in_steps(self.tier.contains, keys, chunk_ends())
-        return self.tier.contains(keys)
+    def _contains(self, keys: Sequence[str]) -> list[bool]:
+        held = self.tier.contains(keys)
+        if len(held) != len(keys):
+            raise TierUnavailable(f"{self.tier.describe()} answered for {len(held)} keys of {len(keys)}")
+        return held
 
     def stalled(self, waited_seconds: float = 0.0) -> None:
         """A look-up gave up waiting for this tier. Unless others were answered meanwhile, the tier hangs; if they

@@ -65,7 +65,7 @@ class Lookup:
         self.waiting_for: set[int] = set()
         """Tiers that have not answered yet."""
         self.held_by_tier: dict[int, bytes] = {}
-        """Their answers, for ``candidates`` times shards: 1 or 0. As bytes, because they are kept for a while."""
+        """Their answers: 1 or 0 for each of ``candidates``, shard by shard."""
         self.is_planned = False
         """Whether it is decided what to read from them."""
         self.decisions: list[Decision] = []

@@ -72,11 +72,12 @@ class Prefetch:
                 lookup.lease(entry)
         lookup.candidates = Candidates(namespace, lookup.prefix, reached.next_block)
         lookup.order = self._order(lookup, reached)
-        keys, chunk_ends = lookup.candidates.keys(), lookup.candidates.chunk_ends
         lookup.waiting_for = set(asked)
         expires_at = time.monotonic() + lookup.deadline - self._clock()
         return [
-            partial(self._tiers[i].contains, keys, chunk_ends, expires_at, partial(self._answered, lookup, i))
+            partial(
+                self._tiers[i].contains, lookup.candidates, expires_at, partial(self._answered, lookup, i)
+            )
             for i in asked
         ]
 
@@ -87,7 +88,7 @@ class Prefetch:
         shard_bytes = max(1, num_blocks) * lookup.namespace.layout.block_bytes
         return self._gate.order(self._names, shard_bytes * lookup.namespace.world_size)
 
-    def _answered(self, lookup: Lookup, tier: int, held: list[bool] | None, seconds: float) -> None:
+    def _answered(self, lookup: Lookup, tier: int, held: bytes | None, seconds: float) -> None:
         """A tier answered; on its look-up thread, or on the caller's when it is down."""
         with self._l1.lock:
             if held is not None:
@@ -98,7 +99,7 @@ class Prefetch:
             if held is None:
                 lookup.reason = MissReason.TIER_DOWN
             elif not self._clears.is_running(tier, lookup.namespace):
-                lookup.held_by_tier[tier] = bytes(map(bool, held))
+                lookup.held_by_tier[tier] = held
             jobs = self._plan(lookup)
         for job in jobs:
             job()

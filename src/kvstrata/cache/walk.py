@@ -6,7 +6,7 @@ for the last, partly filled block its exact remainder. A piece counts when all i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -151,24 +151,28 @@ class Candidates:
     def __len__(self) -> int:
         return self._prefix.num_blocks - self._first_block + bool(self._prefix.remainder_hash)
 
+    @property
+    def num_shards(self) -> int:
+        """Shards of each."""
+        return self._namespace.world_size
+
     def hashes(self) -> list[bytes]:
         """Their chunk hashes."""
         rest = self._hashes()
         return [rest[at : at + HASH_BYTES] for at in range(0, len(rest), HASH_BYTES)]
 
-    def keys(self) -> list[str]:
-        """The keys of their shards: those of the first candidate, of the second, and so on."""
+    def keys(self, numbers: Iterable[int]) -> list[str]:
+        """The keys of the shards of some of them: those of the first, of the second, and so on."""
         heads = [f"{self._namespace.key_prefix}{shard}@" for shard in range(self._namespace.world_size)]
         digits = self._hashes().hex()
         step = 2 * HASH_BYTES
-        return [head + digits[at : at + step] for at in range(0, len(digits), step) for head in heads]
+        return [head + digits[at * step : (at + 1) * step] for at in numbers for head in heads]
 
-    def chunk_ends(self) -> list[range]:
-        """Where in ``keys`` the shards of those are that end a whole chunk."""
-        per_chunk, shards = self._namespace.blocks_per_chunk, self._namespace.world_size
+    def chunk_ends(self) -> range:
+        """Those that end a whole chunk."""
+        per_chunk = self._namespace.blocks_per_chunk
         first = per_chunk - 1 - self._first_block % per_chunk
-        ends = range(first, self._prefix.num_blocks - self._first_block, per_chunk)
-        return [range(at * shards, (at + 1) * shards) for at in ends]
+        return range(first, self._prefix.num_blocks - self._first_block, per_chunk)
 
     def _hashes(self) -> bytes:
         return self._prefix.block_hashes[self._first_block * HASH_BYTES :] + self._prefix.remainder_hash

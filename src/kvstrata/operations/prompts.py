@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.cache.cache import Cache
@@ -71,8 +72,8 @@ class Held:
     l1_entries: list[list[Entry]]
     cover: list[Piece]
     """The pieces that continue what L1 holds."""
-    keys: dict[str, dict[str, bool]]
-    """Tier -> key -> whether it is held there; of the tiers that answered."""
+    keys: dict[str, set[str]]
+    """Tier -> keys that it holds; of the tiers that answered."""
     complete: dict[str, set[bytes]] = field(default_factory=dict)
     """Tier -> chunk hashes of which it holds all shards."""
 
@@ -138,32 +139,32 @@ class Prompts:
         with self._cache.guarded() as index:
             reached = walk(index, namespace, prefix, wait=False)
         candidates = Candidates(namespace, prefix, 0)
-        all_keys, shards = candidates.keys(), namespace.world_size
-        keys = {
-            chunk_hash: all_keys[at * shards : (at + 1) * shards]
-            for at, chunk_hash in enumerate(candidates.hashes())
-        }
-        answers = self._ask(all_keys, candidates.chunk_ends)
+        answers = self._ask(candidates)
+        keys = candidates.keys(range(len(candidates)))
+        shards = namespace.world_size
         complete = {
-            tier: {chunk_hash for chunk_hash, own in keys.items() if all(held[key] for key in own)}
+            tier: {
+                chunk_hash
+                for at, chunk_hash in enumerate(candidates.hashes())
+                if all(held[at * shards : (at + 1) * shards])
+            }
             for tier, held in answers.items()
         }
         cover = []
         if not reached.complete:
             cover = _cover(namespace, prefix, reached.next_block, set().union(*complete.values()))
-        return Held(reached.pieces, reached.entries, cover, answers, complete)
+        held_keys = {tier: set(itertools.compress(keys, held)) for tier, held in answers.items()}
+        return Held(reached.pieces, reached.entries, cover, held_keys, complete)
 
-    def _ask(
-        self, keys: Sequence[str], chunk_ends: Callable[[], Sequence[range]]
-    ) -> dict[str, dict[str, bool]]:
-        """Which keys each tier holds, of the tiers that answer in time. All are asked at once."""
+    def _ask(self, candidates: Candidates) -> dict[str, bytes]:
+        """Which candidates each tier holds, of the tiers that answer in time. All are asked at once."""
         expires_at = time.monotonic() + ASK_SECONDS
-        asked = [_Question(tier.name) for tier in self._cache.tiers] if keys else []
+        asked = [_Question(tier.name) for tier in self._cache.tiers] if len(candidates) else []
         for tier, question in zip(self._cache.tiers, asked, strict=False):
-            tier.contains(keys, chunk_ends, expires_at, question.done)
+            tier.contains(candidates, expires_at, question.done)
         for question in asked:
             question.answered.wait(max(0.0, expires_at - time.monotonic()))
-        return {q.tier: dict(zip(keys, q.held, strict=True)) for q in asked if q.held is not None}
+        return {q.tier: q.held for q in asked if q.held is not None}
 
 
 def _cover(namespace: Namespace, prefix: Prefix, first_block: int, held: set[bytes]) -> list[Piece]:
@@ -175,10 +176,10 @@ class _Question:
 
     def __init__(self, tier: str) -> None:
         self.tier = tier
-        self.held: list[bool] | None = None
+        self.held: bytes | None = None
         self.answered = threading.Event()
 
-    def done(self, held: list[bool] | None, _seconds: float = 0.0) -> None:
+    def done(self, held: bytes | None, _seconds: float = 0.0) -> None:
         self.held = held
         self.answered.set()
 

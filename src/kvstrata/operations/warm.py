@@ -55,7 +55,7 @@ class Warming:
         for piece in held.cover:
             for shard in range(namespace.world_size):
                 key = namespace.key(piece.chunk_hash, shard)
-                sources = [name for name, keys in held.keys.items() if keys[key]]
+                sources = [name for name, keys in held.keys.items() if key in keys]
                 self._load(job, namespace, piece, shard, sources)
         num_missing = len(tokens) // namespace.chunk_size - held.num_tokens // namespace.chunk_size
         all_answered = len(held.keys) == len(self._cache.tiers)

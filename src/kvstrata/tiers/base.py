@@ -45,9 +45,6 @@ class Tier(ABC):
     """The name of the implementation ("disk", "redis")."""
     Options: ClassVar[type[TierOptions]] = TierOptions
     """The settings this tier understands."""
-    asks_key_by_key: ClassVar[bool] = False
-    """Whether a look-up costs a request for each key. The core then asks for whole chunks first, and for tails only
-    where those end: a tenth of the keys, in two calls."""
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:

@@ -54,7 +54,6 @@ class FileTier(Tier):
 
     kind: ClassVar[str] = "file"
     Options: ClassVar[type[TierOptions]] = FileOptions
-    asks_key_by_key: ClassVar[bool] = True
 
     def __init__(self, options: FileOptions) -> None:
         """Open the directory, without a look at the frames in it.

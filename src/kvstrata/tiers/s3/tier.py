@@ -73,7 +73,6 @@ class S3Tier(Tier):
 
     kind: ClassVar[str] = "s3"
     Options: ClassVar[type[TierOptions]] = S3Options
-    asks_key_by_key: ClassVar[bool] = True
 
     def __init__(self, options: S3Options) -> None:
         """Check the settings; the first operation connects.
