@@ -122,6 +122,11 @@ class FrameHeader(msgspec.Struct, frozen=True):
         )
 
 
+def room_bytes(payload_bytes: int) -> int:
+    """What a slot must hold: a header, the payload, and room for the frame of any codec."""
+    return HEADER_BYTES + payload_bytes + MAX_GROWTH_BYTES
+
+
 def tokens_hash_in(frame: memoryview) -> bytes:
     """The tokens' hash that a header says, without a look at the rest of it; for searches."""
     return bytes(frame[_TOKENS_HASH_AT : _TOKENS_HASH_AT + 32])

@@ -36,6 +36,7 @@ COMMANDS = [
     ("jobs",),
     ("runtime",),
     ("ping",),
+    ("size",),
     ("doctor",),
     ("version",),
 ]

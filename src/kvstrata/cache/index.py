@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
+from kvstrata.frame import room_bytes
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.base import EvictionPolicy
 from kvstrata.types import MissReason, Namespace, Piece
@@ -111,7 +111,7 @@ class Index:
 
         The key must not be held. ``root`` is the start of its chain, where the caller knows it.
         """
-        slot_bytes = HEADER_BYTES + namespace.layout.payload_bytes(piece.num_tokens) + MAX_GROWTH_BYTES
+        slot_bytes = room_bytes(namespace.layout.payload_bytes(piece.num_tokens))
         parent = self._parent_key(piece, shard)
         # First, so that the parent is not the victim that makes room for its child.
         self._add_child(parent, 1)

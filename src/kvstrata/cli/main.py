@@ -29,6 +29,7 @@ from kvstrata.cli import (
     remote,
     runtime,
     server,
+    size,
     status,
     verify,
     version,
@@ -68,6 +69,7 @@ app.command("warm", epilog=warm.EXAMPLE)(warm.warm)
 app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
 app.command("jobs", epilog=jobs.EXAMPLE)(jobs.jobs)
 app.command("runtime", epilog=runtime.EXAMPLE)(runtime.runtime)
+app.command("size", epilog=size.EXAMPLE)(size.size)
 app.command("ping", epilog=ping.EXAMPLE)(ping.ping)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)

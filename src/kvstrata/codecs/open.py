@@ -28,14 +28,19 @@ def open_codec(text: str, general: Mapping[str, Any] | None = None) -> Codec:
         ConfigError: it is spelled wrong, makes no sense, or cannot encode as it is configured.
         PluginError: there is no such codec, or it cannot be loaded.
     """
+    codec = spelled_codec(text, general)
+    if len(codec.name) > _MAX_NAME or len(codec.parameters) > _MAX_PARAMETERS:
+        raise ConfigError(f"codec {text!r} is not allowed: the names of such a chain do not fit into a frame")
+    return codec
+
+
+def spelled_codec(text: str, general: Mapping[str, Any] | None = None) -> Codec:
+    """As ``open_codec``, but it need not be able to encode: it may lack a key."""
     try:
         codecs = [_make(name, {**(general or {}), **options}) for name, options in parse_codec(text)]
     except ValueError as error:
         raise ConfigError(f"codec {text!r} is not allowed: {error}") from None
-    codec = codecs[0] if len(codecs) == 1 else ChainCodec(codecs)
-    if len(codec.name) > _MAX_NAME or len(codec.parameters) > _MAX_PARAMETERS:
-        raise ConfigError(f"codec {text!r} is not allowed: the names of such a chain do not fit into a frame")
-    return codec
+    return codecs[0] if len(codecs) == 1 else ChainCodec(codecs)
 
 
 def _make(name: str, options: Mapping[str, Any]) -> Codec:

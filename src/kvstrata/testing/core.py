@@ -16,7 +16,7 @@ from kvstrata.codecs.base import Codec
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.codecs.open import Decoders
 from kvstrata.config import WritePolicy
-from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES
+from kvstrata.frame import room_bytes
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.metrics import Metrics
 from kvstrata.policies.base import EvictionPolicy
@@ -130,4 +130,4 @@ def _is_loading(cache: Cache) -> bool:
 
 def frame_bytes(namespace: Namespace, num_tokens: int) -> int:
     """Bytes of the slot of a piece."""
-    return HEADER_BYTES + namespace.layout.payload_bytes(num_tokens) + MAX_GROWTH_BYTES
+    return room_bytes(namespace.layout.payload_bytes(num_tokens))
