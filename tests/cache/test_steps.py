@@ -55,7 +55,12 @@ def test_same_prefix(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(
     ("num_held", "calls", "num_found"),
-    [(0, [155], 0), (5, [155], 5), (16 * 100 + 5, [155, 15], 15 + 100 + 5), (16 * 125 + 7, [155], 125 + 15 + 7)],
+    [
+        (0, [155], 0),
+        (5, [155], 5),
+        (16 * 100 + 5, [155, 15], 15 + 100 + 5),
+        (16 * 125 + 7, [155], 125 + 15 + 7),
+    ],
 )
 def test_few_keys_are_asked_for(num_held: int, calls: list[int], num_found: int) -> None:
     namespace = make_namespace(16, 1)
