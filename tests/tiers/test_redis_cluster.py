@@ -11,8 +11,9 @@ import pytest
 import redis
 
 from kvstrata.errors import TierPartlyUnavailable, TierUnavailable
+from kvstrata.testing.process import free_port
 from kvstrata.testing.redis_cluster import RedisCluster, slot_of
-from kvstrata.testing.redis_server import RedisServer, free_port, server_binary
+from kvstrata.testing.redis_server import RedisServer, server_binary
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.redis import RedisOptions, RedisTier

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.errors import TierUnavailable
-from kvstrata.testing.redis_server import free_port
+from kvstrata.testing.process import free_port
 from kvstrata.tiers import sockets
 from kvstrata.tiers.redis import cluster, outage, sentinel
 from kvstrata.tiers.redis.cluster import MAX_NODES, ClusterTopology

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import binascii
-import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 from urllib.parse import quote
 
-from kvstrata.testing.redis_server import RedisServer, done, free_port, text
+from kvstrata.testing.child import ServerGroup
+from kvstrata.testing.process import free_port
+from kvstrata.testing.redis_server import RedisServer, done, text
 
 NUM_SLOTS = 16384
-READY_SECONDS = 20.0
 
 
 def slot_of(name: str | bytes) -> int:
@@ -20,8 +18,8 @@ def slot_of(name: str | bytes) -> int:
     return binascii.crc_hqx(name.encode() if isinstance(name, str) else name, 0) % NUM_SLOTS
 
 
-class RedisCluster:
-    """Nodes that share the slots evenly, each with replicas or none. A context manager; not thread-safe.
+class RedisCluster(ServerGroup):
+    """Nodes that share the slots evenly, each with replicas or none.
 
     ``nodes`` are the masters as started, then their replicas in the same order. A lost node does not stop
     the others (``cluster-require-full-coverage no``). ``config`` are lines of configuration for all nodes,
@@ -71,17 +69,17 @@ class RedisCluster:
         self._meet_ports = tuple(meet_ports) or tuple(ports)
 
     @property
+    def members(self) -> Sequence[RedisServer]:
+        return self.nodes
+
+    @property
     def url(self) -> str:
         """``redis-cluster://`` with all nodes that were started, and the password if there is one."""
         login = f":{quote(self.password, safe='')}@" if self.password else ""
         return f"redis-cluster://{login}" + ",".join(f"127.0.0.1:{port}" for port in self._client_ports)
 
     def start(self) -> None:
-        """Start all nodes, share the slots, and wait until every node sees every slot served.
-
-        Raises:
-            RuntimeError: a node did not start, or they did not agree in time.
-        """
+        """Start all nodes, share the slots, and wait until every node sees every slot served."""
         for node in self.nodes:
             node.start()
         for number, node in enumerate(self.nodes):
@@ -113,19 +111,6 @@ class RedisCluster:
         if self.nodes.index(node) < self.num_masters:
             return True
         return "master_link_status:up" in text(node.ask("INFO", "replication"))
-
-    def wait_until(self, reached: Callable[[], bool], timeout_seconds: float = READY_SECONDS) -> None:
-        """Wait for a state of the cluster.
-
-        Raises:
-            RuntimeError: it is not reached in time.
-        """
-        deadline = time.monotonic() + timeout_seconds
-        while not reached():
-            if time.monotonic() > deadline:
-                logs = "\n".join(node.log for node in self.nodes)
-                raise RuntimeError(f"the cluster did not get ready:\n{logs}")
-            time.sleep(0.02)
 
     def owner(self, name: str | bytes) -> RedisServer:
         """The node that serves an entry now, as the first living node sees it."""
@@ -177,24 +162,6 @@ class RedisCluster:
         while self.move_entries(slot, source, target):
             pass
         self.end_migration(slot, source, target)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Kill all nodes and delete their directories."""
-        for node in self.nodes:
-            node.close()
 
 
 def _announced(port: int, client_port: int) -> list[str]:

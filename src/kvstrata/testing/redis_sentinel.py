@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 from urllib.parse import quote
 
-from kvstrata.testing.redis_server import RedisServer, done, free_port, text
+from kvstrata.testing.child import ServerGroup
+from kvstrata.testing.process import free_port
+from kvstrata.testing.redis_server import RedisServer, done, text
 from kvstrata.tiers.redis.resp import Reply
 
-READY_SECONDS = 30.0
 
-
-class RedisSentinel:
-    """A master, a replica of it, and three sentinels. A context manager; not thread-safe.
+class RedisSentinel(ServerGroup):
+    """A master, a replica of it, and three sentinels.
 
     ``config`` are lines of configuration for the two servers; ``sentinel_password`` is that of the
     sentinels themselves. ``announce`` gives, for a port of a server or a sentinel, the one by which it is reached:
@@ -63,6 +60,10 @@ class RedisSentinel:
         ]
 
     @property
+    def members(self) -> Sequence[RedisServer]:
+        return (*self.sentinels, *self.servers)
+
+    @property
     def url(self) -> str:
         """``redis-sentinel://`` with the service's name, and with the passwords if there are any."""
         login = f":{quote(self.password, safe='')}@" if self.password else ""
@@ -82,11 +83,7 @@ class RedisSentinel:
         return next(server for server in self.servers if server is not master)
 
     def start(self) -> None:
-        """Start all, and wait until the replica is in sync and the sentinels know it and each other.
-
-        Raises:
-            RuntimeError: one did not start, or they did not get ready in time.
-        """
+        """Start all, and wait until the replica is in sync and the sentinels know it and each other."""
         for server in (*self.servers, *self.sentinels):
             server.start()
         self.wait_until(self.is_settled)
@@ -125,19 +122,6 @@ class RedisSentinel:
         living = [sentinel for sentinel in self.sentinels if sentinel.running]
         self.wait_until(lambda: all(self._by_port(self._master_port(s)) is not old for s in living))
 
-    def wait_until(self, reached: Callable[[], bool], timeout_seconds: float = READY_SECONDS) -> None:
-        """Wait for a state.
-
-        Raises:
-            RuntimeError: it is not reached in time.
-        """
-        deadline = time.monotonic() + timeout_seconds
-        while not reached():
-            if time.monotonic() > deadline:
-                logs = "\n".join(server.log for server in (*self.servers, *self.sentinels))
-                raise RuntimeError(f"master, replica and sentinels did not get ready:\n{logs}")
-            time.sleep(0.05)
-
     def _asked(self) -> RedisServer:
         return next(sentinel for sentinel in self.sentinels if sentinel.running)
 
@@ -150,24 +134,6 @@ class RedisSentinel:
 
     def _by_port(self, port: int) -> RedisServer:
         return next(server for server in self.servers if self._client_ports[server.port] == port)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Kill all and delete their directories."""
-        for server in (*self.sentinels, *self.servers):
-            server.close()
 
 
 def _field(reply: Reply, name: bytes) -> Reply:

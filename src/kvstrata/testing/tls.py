@@ -12,7 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from kvstrata.testing.redis_server import RedisServer, free_port, server_binary
+from kvstrata.testing.process import free_port
+from kvstrata.testing.redis_server import RedisServer, server_binary
 
 _Issuer = tuple[x509.Name, ec.EllipticCurvePrivateKey]
 
