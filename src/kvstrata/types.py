@@ -39,7 +39,32 @@ class Miss(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
-class KVLayout(msgspec.Struct, frozen=True):
+Digits = tuple[tuple[int, int], ...]
+"""An index in a mixed radix: ``(size, stride in elements)`` of each digit, the most significant first.
+
+One digit is a plain stride. Several say that the index is interleaved with another one: where a kernel keeps pairs
+of tokens together, the lower digit of the token has size 2.
+"""
+
+
+class PageOrder(msgspec.Struct, frozen=True):
+    """Where the keys of a page lie, or the values: the element of a token, head and dim is at ``start`` plus each
+    digit times its stride, in elements from the start of the page."""
+
+    start: int
+    tokens: Digits
+    heads: Digits
+    dims: Digits
+
+
+class PageFormat(msgspec.Struct, frozen=True):
+    """How a page unpacks into tokens x heads x dims; the same for all layers."""
+
+    keys: PageOrder
+    values: PageOrder
+
+
+class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the KV of one shard lies in its payload: ``[layer][block][page bytes]``.
 
     Pages are opaque: the bytes that the inference engine keeps for one block of one layer, in their
@@ -54,6 +79,9 @@ class KVLayout(msgspec.Struct, frozen=True):
     """Element type of the pages, as torch names it ("bfloat16", "uint8")."""
     kernel_format: str
     """What orders the elements inside a page: strides for plain layouts, the kernel's name otherwise."""
+    pages: PageFormat | str = ""
+    """The same for codecs that want to know keys from values, or why that is not known. Not part of the
+    fingerprint: ``kernel_format`` decides it."""
 
     @property
     def block_bytes(self) -> int:
@@ -121,12 +149,14 @@ def _block_bytes(layout: KVLayout) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _layout_fingerprint(layout: KVLayout) -> bytes:
-    return hashlib.sha256(b"kvstrata layout 1\0" + msgspec.json.encode(layout)).digest()[:16]
+    bare = msgspec.structs.replace(layout, pages="")
+    return hashlib.sha256(b"kvstrata layout 1\0" + msgspec.json.encode(bare)).digest()[:16]
 
 
 @functools.lru_cache(maxsize=256)
 def _namespace_fingerprint(namespace: Namespace) -> bytes:
-    return hashlib.sha256(b"kvstrata namespace 1\0" + msgspec.json.encode(namespace)).digest()
+    bare = msgspec.structs.replace(namespace, layout=msgspec.structs.replace(namespace.layout, pages=""))
+    return hashlib.sha256(b"kvstrata namespace 1\0" + msgspec.json.encode(bare)).digest()
 
 
 @functools.lru_cache(maxsize=256)

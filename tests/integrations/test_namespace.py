@@ -82,6 +82,14 @@ def test_ranks_that_differ_in_meaning_only_have_a_layout_of_their_own():
     assert both.payload_bytes(16) == LAYOUT.payload_bytes(16)
 
 
+def test_ranks_that_differ_in_how_pages_unpack_have_one_layout_without_it():
+    described = msgspec.structs.replace(LAYOUT, pages="this one does not know")
+    for ranks in ({(0, 0): LAYOUT, (0, 1): described}, {(0, 0): described, (0, 1): LAYOUT}):
+        both = common_layout(ranks)
+        assert both.pages == "ranks arrange their pages differently"
+        assert both.fingerprint == LAYOUT.fingerprint
+
+
 def test_ranks_that_differ_in_size_are_refused():
     other = msgspec.structs.replace(LAYOUT, page_bytes=(64,))
     with pytest.raises(LayoutError, match="different amounts"):

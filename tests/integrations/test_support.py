@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from simulated import expected_answer
+from vllm import _custom_ops
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
@@ -25,12 +27,16 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from kvstrata.codecs.base import PayloadDescription
+from kvstrata.codecs.pages import unpack, why_opaque
 from kvstrata.errors import LayoutError
-from kvstrata.integrations.vllm.support import is_mla, kernel_text, why_unsupported
+from kvstrata.integrations.vllm.support import is_mla, kernel_text, page_reader, why_unsupported
+from kvstrata.testing.codec import describe_kv, page_format
 
 SIZES = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
 FULL = FullAttentionSpec(**SIZES)
 MLA = MLAAttentionSpec(**SIZES)
+QUANTISED = FullAttentionSpec(**SIZES, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
 
 
 def parallel(**sizes):
@@ -48,7 +54,7 @@ def kv_config(*specs):
     [
         FULL,
         MLA,
-        FullAttentionSpec(**SIZES, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR),
+        QUANTISED,
         FullAttentionSpec(**SIZES, page_size_padded=8192),
         UniformTypeKVCacheSpecs(16, {"a": FULL, "b": FullAttentionSpec(**(SIZES | {"num_kv_heads": 4}))}),
     ],
@@ -129,6 +135,45 @@ def test_layers_that_do_not_say_enough_are_refused():
         kernel_text(layers("CPU_ATTN"), ["a"])
     with pytest.raises(LayoutError, match="CPU_MLA"):
         kernel_text(layers("CPU_MLA"), ["a"])
+
+
+def read_page(*layer, spec=FULL, dtype=torch.bfloat16):
+    """How a page of 2 heads, 32 tokens, 32 dims is said to unpack."""
+    reader = page_reader(layers(*layer[:1], isa="".join(layer[1:])), kv_config(spec), ["a"])
+    return reader if isinstance(reader, str) else reader(dtype, (2, 32, 64), (2048, 64, 1))
+
+
+def test_pages_of_vllms_cpu_attention_are_read_off_its_kernel():
+    """The kernel's own order, and what it puts where: a token's keys and values come back."""
+    format_ = read_page("CPU_ATTN", "vec")
+    layout = msgspec.structs.replace(describe_kv(32).layout, page_bytes=(8192,), pages=format_)
+    assert why_opaque(layout) == ""
+    keys, values = torch.randn(2, 32, 2, 32).to(torch.bfloat16)
+    page = torch.zeros(1, 2, 64, 32, dtype=torch.bfloat16)
+    caches = page.chunk(2, dim=2)
+    _custom_ops.cpu_attn_reshape_and_cache(keys, values, *caches, torch.arange(32), "vec")
+    what = PayloadDescription(layout, 32, 8192, "bfloat16")
+    unpacked = unpack(memoryview(page.view(torch.uint8).numpy()).cast("B"), what)
+    assert unpacked[0].tobytes() == torch.stack([keys, values]).view(torch.uint8).numpy().tobytes()
+
+
+def test_plain_pages_are_read_off_their_strides():
+    assert read_page("FLASH_ATTN") == page_format("heads", 32, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("reason", "backend", "changes"),
+    [
+        ("MLA keeps one latent", "FLASH_ATTN", {"spec": MLA}),
+        ("quantises its KV cache itself", "FLASH_ATTN", {"spec": QUANTISED}),
+        ("differ in size", "FLASH_ATTN", {"spec": FullAttentionSpec(**SIZES, head_size_v=16)}),
+        ("backend ROCM_ATTN", "ROCM_ATTN", {}),
+        ("Invalid ISA type: new", "CPU_ATTN/new", {}),
+        ("elements are uint8", "CPU_ATTN/vec", {"dtype": torch.uint8}),
+    ],
+)
+def test_pages_that_cannot_be_read_are_said(reason, backend, changes):
+    assert reason in read_page(*backend.split("/"), **changes)
 
 
 def test_an_unknown_kind_is_served_without_cache(make_engine, client, log):

@@ -9,7 +9,7 @@ import msgspec
 from kvstrata.errors import ConfigError
 from kvstrata.testing.model import ModelError, smollm2, tokenize
 from kvstrata.testing.text import natural_text
-from kvstrata.types import KVLayout
+from kvstrata.types import KVLayout, PageFormat, PageOrder
 
 CHUNK_TOKENS = 256
 _BLOCK_TOKENS = 128
@@ -61,5 +61,12 @@ def real_kv(cache_dir: Path, num_chunks: int) -> RealKV:
             layers.append(blocks.contiguous())
         payloads.append(torch.stack(layers).view(torch.uint8).numpy().tobytes())
     page_bytes = tuple(_BLOCK_TOKENS * heads * content * 2 for _ in layers)
-    layout = KVLayout(_BLOCK_TOKENS, page_bytes, "bfloat16", f"bench page {heads}x{_BLOCK_TOKENS}x{content}")
-    return RealKV(layout, tuple(payloads))
+    kernel_format = f"bench page {heads}x{_BLOCK_TOKENS}x{content}"
+    pages = _page_format(heads, content)
+    return RealKV(KVLayout(_BLOCK_TOKENS, page_bytes, "bfloat16", kernel_format, pages), tuple(payloads))
+
+
+def _page_format(heads: int, content: int) -> PageFormat:
+    tokens, heads_digits = ((_BLOCK_TOKENS, content),), ((heads, _BLOCK_TOKENS * content),)
+    keys, values = (PageOrder(at, tokens, heads_digits, ((content // 2, 1),)) for at in (0, content // 2))
+    return PageFormat(keys, values)

@@ -82,7 +82,7 @@ class Cache:
         self._prefetch = Prefetch(
             self._l1, tiers, self._clears, gate, metrics, read_fastest=read_fastest, clock=clock
         )
-        self._namespaces: dict[Namespace, Namespace] = {}
+        self._namespaces: dict[bytes, Namespace] = {}
         self._lookups: dict[tuple[str, str], Lookup] = {}
         self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
         self._recent = Recent()
@@ -90,7 +90,7 @@ class Cache:
     def intern(self, namespace: Namespace) -> Namespace:
         """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
         with self._lock:
-            return self._namespaces.setdefault(namespace, namespace)
+            return self._namespaces.setdefault(namespace.fingerprint, namespace)
 
     # Lookup
 
@@ -390,7 +390,7 @@ class Cache:
     def namespaces(self) -> list[Namespace]:
         """The namespaces that clients have registered since the start."""
         with self._lock:
-            return list(self._namespaces)
+            return list(self._namespaces.values())
 
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         """See ``client.base.Client.report_prefill``."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstrata.device.unpack import PageReader
 from kvstrata.errors import LayoutError
-from kvstrata.types import KVLayout
+from kvstrata.types import KVLayout, PageFormat
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,25 @@ class DevicePages:
         return self.tensors[0].device
 
 
+@dataclass(frozen=True)
+class _Page:
+    """Sizes and strides of one page's dimensions, in elements."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __str__(self) -> str:
+        order = sorted(range(len(self.sizes)), key=lambda dim: -self.strides[dim])
+        return f"page {'x'.join(map(str, self.sizes))} order {','.join(map(str, order))}"
+
+
 def find_pages(
-    kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_size: int, kernel: str
+    kv_caches: Mapping[str, torch.Tensor],
+    *,
+    num_blocks: int,
+    block_size: int,
+    kernel: str,
+    reader: PageReader | str = "",
 ) -> DevicePages:
     """Find the pages of every layer.
 
@@ -59,6 +77,7 @@ def find_pages(
         num_blocks: blocks that the inference engine addresses.
         block_size: tokens per block.
         kernel: what else decides the meaning of a page's bytes (attention backend, its packing, scales).
+        reader: tells how a page unpacks into keys and values; or why that is not known.
 
     Raises:
         LayoutError: the tensors lie in a way that cannot be copied page by page.
@@ -67,17 +86,18 @@ def find_pages(
         raise LayoutError("the inference engine registered no KV tensors")
     layers: list[LayerPages] = []
     tensors: list[torch.Tensor] = []
-    formats: list[str] = []
+    found: list[_Page] = []
     for name, tensor in kv_caches.items():
-        pages, text = _layer_pages(name, tensor, num_blocks)
+        pages, page = _layer_pages(name, tensor, num_blocks)
         if pages in layers:
             continue
         layers.append(pages)
         tensors.append(tensor)
-        formats.append(text)
+        found.append(page)
     _check_one({t.dtype for t in tensors}, "element types")
     _check_one({t.device for t in tensors}, "devices")
     _check_disjoint(layers, num_blocks)
+    formats = [str(page) for page in found]
     distinct = sorted(set(formats))
     order = "" if len(distinct) == 1 else "".join(f" {distinct.index(text)}" for text in formats)
     layout = KVLayout(
@@ -85,8 +105,17 @@ def find_pages(
         page_bytes=tuple(layer.page_bytes for layer in layers),
         dtype=str(tensors[0].dtype).removeprefix("torch."),
         kernel_format=f"{kernel} {' | '.join(distinct)}{order}",
+        pages=_page_format(found, tensors[0].dtype, reader),
     )
     return DevicePages(layout, num_blocks, tuple(layers), tuple(tensors))
+
+
+def _page_format(found: Sequence[_Page], dtype: torch.dtype, reader: PageReader | str) -> PageFormat | str:
+    if isinstance(reader, str):
+        return reader
+    if len(set(found)) > 1:
+        return "its layers have pages of several shapes"
+    return reader(dtype, found[0].sizes, found[0].strides)
 
 
 def _check_one(values: set[torch.dtype] | set[torch.device], what: str) -> None:
@@ -94,8 +123,8 @@ def _check_one(values: set[torch.dtype] | set[torch.device], what: str) -> None:
         raise LayoutError(f"KV tensors of several {what}: {sorted(str(value) for value in values)}")
 
 
-def _layer_pages(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[LayerPages, str]:
-    """The pages of one layer and a text that says how elements are ordered inside a page."""
+def _layer_pages(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[LayerPages, _Page]:
+    """The pages of one layer and how elements are ordered inside of each."""
     shape, strides = list(tensor.shape), list(tensor.stride())
     if tensor.dim() < 2 or num_blocks < 1 or tensor.numel() == 0:
         raise LayoutError(f"layer {name}: a KV tensor of shape {shape} has no pages")
@@ -123,9 +152,7 @@ def _layer_pages(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[Laye
         raise LayoutError(f"layer {name}: blocks overlap (shape {shape}, strides {strides})")
     size = tensor.element_size()
     pages = LayerPages(tensor.data_ptr(), strides[block_dim] * size, page_elements * size)
-    shape_text = "x".join(str(n) for n in page_shape)
-    order_text = ",".join(str(n) for n in sorted(range(len(page_shape)), key=lambda d: -page_strides[d]))
-    return pages, f"page {shape_text} order {order_text}"
+    return pages, _Page(tuple(page_shape), tuple(page_strides))
 
 
 def _without(values: Sequence[int], index: int) -> list[int]:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from kvstrata.codecs.base import Codec, PayloadDescription, Stage, check_parameters, corrupt
 from kvstrata.errors import FrameError
 from kvstrata.frame import MAX_GROWTH_BYTES
-from kvstrata.types import KVLayout, MissReason
+from kvstrata.types import KVLayout, MissReason, PageFormat, PageOrder
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "uint8", "int8", "float8_e4m3fn", "unheard_of")
 """Element types of layouts; an unknown one is bytes."""
@@ -76,6 +76,45 @@ def describe_payload(
     pages = (size + rest, *[size] * (num_layers - 1))
     layout = KVLayout(block_size=num_tokens, page_bytes=pages, dtype=dtype, kernel_format="test")
     return PayloadDescription(layout, num_tokens, payload_bytes, dtype, chunk_hash=bytes(range(32)))
+
+
+def page_format(order: str, tokens: int, heads: int, dims: int) -> PageFormat:
+    """Pages as inference engines have them: "heads" or "tokens" first and then a token's keys and values; "vec", as
+    vLLM's CPU attention has them: keys by dim and token; "amx": pairs of dims of 16 tokens, and pairs of tokens.
+    """
+    content = 2 * dims
+    if order in ("heads", "tokens"):
+        strides = (content, tokens * content) if order == "heads" else (heads * content, content)
+        of_token, of_head = ((tokens, strides[0]),), ((heads, strides[1]),)
+        keys, values = (PageOrder(start, of_token, of_head, ((dims, 1),)) for start in (0, dims))
+        return PageFormat(keys, values)
+    of_head, start = ((heads, tokens * content),), tokens * dims
+    if order == "vec":
+        keys = PageOrder(0, ((tokens, 1),), of_head, ((dims, tokens),))
+        return PageFormat(keys, PageOrder(start, ((tokens, dims),), of_head, ((dims, 1),)))
+    keys = PageOrder(0, ((tokens // 16, 16 * dims), (16, 2)), of_head, ((dims // 2, 32), (2, 1)))
+    return PageFormat(keys, PageOrder(start, ((tokens // 2, content), (2, 1)), of_head, ((dims, 2),)))
+
+
+PAGE_ORDERS = ("heads", "tokens", "vec", "amx")
+
+
+def describe_kv(
+    num_tokens: int,
+    dtype: str = "bfloat16",
+    *,
+    order: str = "heads",
+    block_size: int = 32,
+    layers: int = 2,
+    heads: int = 2,
+    dims: int = 32,
+) -> PayloadDescription:
+    """A payload of keys and values that can be unpacked."""
+    width = 4 if dtype == "float32" else 2
+    pages = (2 * block_size * heads * dims * width,) * layers
+    layout = KVLayout(block_size, pages, dtype, order, page_format(order, block_size, heads, dims))
+    size = layout.payload_bytes(num_tokens)
+    return PayloadDescription(layout, num_tokens, size, dtype, chunk_hash=bytes(range(32)))
 
 
 def make_payload(size: int, kind: str = "normal", dtype: str = "bfloat16", seed: int = 0) -> bytes:

@@ -27,7 +27,7 @@ from kvstrata.integrations.vllm.metadata import Handshake, StepMetadata, WorkerR
 from kvstrata.integrations.vllm.namespace import build_namespace, common_layout, round_chunk_size
 from kvstrata.integrations.vllm.scheduler import SchedulerSide
 from kvstrata.integrations.vllm.stats import ConnectorMetrics, ConnectorStats
-from kvstrata.integrations.vllm.support import is_mla, kernel_text, why_unsupported
+from kvstrata.integrations.vllm.support import is_mla, kernel_text, page_reader, why_unsupported
 from kvstrata.integrations.vllm.worker import WorkerSide
 from kvstrata.logs import configure_logging
 from kvstrata.types import KVLayout, Namespace
@@ -279,6 +279,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 num_blocks=self._kv_cache_config.num_blocks,
                 block_size=self._block_size,
                 kernel=kernel_text(self._vllm_config, kv_caches),
+                reader=page_reader(self._vllm_config, self._kv_cache_config, kv_caches),
             )
             self._handshake = Handshake(layout)
         except LayoutError as error:

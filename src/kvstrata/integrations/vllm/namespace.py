@@ -65,7 +65,9 @@ def common_layout(layouts: Mapping[tuple[int, int], KVLayout]) -> KVLayout:
     """
     ordered = [layouts[rank] for rank in sorted(layouts)]
     first = ordered[0]
-    if all(layout == first for layout in ordered):
+    if any(layout.pages != first.pages for layout in ordered):
+        first = msgspec.structs.replace(first, pages="ranks arrange their pages differently")
+    if all(layout.fingerprint == first.fingerprint for layout in ordered):
         return first
     if any(
         (layout.block_size, layout.page_bytes, layout.dtype)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+from vllm import _custom_ops
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheGroupRole,
@@ -15,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from kvstrata.device.unpack import PageReader, by_kernel, by_strides
 from kvstrata.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ _KNOWN_QUANTISATION = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 # The reference implementation of MLA on CPU cannot continue from a cached prefix; vLLM turns prefix caching
 # and chunked prefill off with it.
 _NO_PREFIX_BACKENDS = frozenset({"CPU_MLA"})
+# Backends that split a page's content into a token's keys, then its values, of one head.
+_PLAIN_BACKENDS = frozenset({"FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION", "TRITON_ATTN"})
 
 
 def why_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
@@ -96,3 +102,31 @@ def kernel_text(vllm_config: VllmConfig, layer_names: Iterable[str]) -> str:
     if any(pair != (1.0, 1.0) for pair in scales):
         text += f" scales {scales}"
     return text
+
+
+def page_reader(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layer_names: Iterable[str]
+) -> PageReader | str:
+    """What tells keys from values in a page, or why nothing can. For layers that :func:`kernel_text` accepts."""
+    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in _specs(group.kv_cache_spec)]
+    if is_mla(kv_cache_config):
+        return "MLA keeps one latent vector per token, no keys and values"
+    if any(spec.kv_quant_mode is not KVQuantMode.NONE for spec in specs):
+        return "the inference engine quantises its KV cache itself"
+    if any(spec.head_size_v != spec.head_size for spec in specs):
+        return "its keys and values differ in size"
+    context = vllm_config.compilation_config.static_forward_context
+    layers = [context[name] for name in layer_names]
+    backends = {layer.get_attn_backend().get_name() for layer in layers}
+    if backends == {"CPU_ATTN"} and len(isas := {str(layer.isa) for layer in layers}) == 1:
+        return by_kernel(partial(_write_page, isas.pop()))
+    if backends <= _PLAIN_BACKENDS:
+        return by_strides
+    return f"how attention backend {'+'.join(sorted(backends))} arranges a page is not known"
+
+
+def _write_page(isa: str, keys: torch.Tensor, values: torch.Tensor, page: torch.Tensor) -> None:
+    """What vLLM's CPU attention does with the keys and values of one block."""
+    tokens, heads, dims = keys.shape
+    key_cache, value_cache = page.view(1, heads, 2 * tokens, dims).chunk(2, dim=2)
+    _custom_ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, torch.arange(tokens), isa)

@@ -12,6 +12,7 @@ import torch
 from kvstrata.client.base import Client, Reservation
 from kvstrata.device.copy import PageCopier, make_copier
 from kvstrata.device.layout import find_pages
+from kvstrata.device.unpack import PageReader
 from kvstrata.integrations.vllm.metadata import LoadOp, StepMetadata, StoreOp, WorkerReport
 from kvstrata.integrations.vllm.moves import Moves
 from kvstrata.types import KVLayout, Namespace, Piece
@@ -57,14 +58,22 @@ class WorkerSide:
         self._moves = Moves()
 
     def register(
-        self, kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, block_size: int, kernel: str
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        *,
+        num_blocks: int,
+        block_size: int,
+        kernel: str,
+        reader: PageReader | str,
     ) -> KVLayout:
         """Take the KV tensors.
 
         Raises:
             LayoutError: they cannot be copied.
         """
-        pages = find_pages(kv_caches, num_blocks=num_blocks, block_size=block_size, kernel=kernel)
+        pages = find_pages(
+            kv_caches, num_blocks=num_blocks, block_size=block_size, kernel=kernel, reader=reader
+        )
         self._copier = make_copier(pages)
         self._block_size = block_size
         return pages.layout
