@@ -25,11 +25,11 @@ from kvstrata.testing.client import (
     make_tokens,
     payload_of,
     prompt,
-    wait_until,
 )
 from kvstrata.testing.core import open_core, payloads, settle, store, wait_lookup
 from kvstrata.testing.faults import Faults, FaultyTier
 from kvstrata.testing.redis_server import RedisServer
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.dict import DictTier
 from kvstrata.tiers.disk import DiskOptions, DiskTier

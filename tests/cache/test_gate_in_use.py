@@ -9,8 +9,9 @@ import pytest
 
 from kvstrata.cache.cache import Cache
 from kvstrata.cache.gate import RETRY_SECONDS, TRIAL_SHARE
-from kvstrata.testing.client import CHUNK_SIZE, Prompt, payload_of, prompt, wait_until
+from kvstrata.testing.client import CHUNK_SIZE, Prompt, payload_of, prompt
 from kvstrata.testing.core import open_core, settle, store
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.dict import DictTier
 from kvstrata.types import Hit, Miss, MissReason
 

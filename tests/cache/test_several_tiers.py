@@ -14,12 +14,13 @@ from kvstrata.cache.gate import Verdict
 from kvstrata.client import LocalClient
 from kvstrata.config import Settings, WritePolicy, tier_configs
 from kvstrata.errors import ConfigError, TierFull
-from kvstrata.testing.client import CHUNK_SIZE, Prompt, look, payload_of, prompt, small_settings, wait_until
+from kvstrata.testing.client import CHUNK_SIZE, Prompt, look, payload_of, prompt, small_settings
 from kvstrata.testing.client import store as store_in
 from kvstrata.testing.client import wait_lookup as wait_lookup_of
 from kvstrata.testing.core import open_core, payloads, settle, store, wait_lookup
 from kvstrata.testing.proxy import Proxy, slow_link
 from kvstrata.testing.redis_server import RedisServer
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.dict import DictTier
 from kvstrata.types import Hit, Miss

@@ -24,9 +24,9 @@ from kvstrata.testing.client import (
     prompt,
     small_settings,
     store,
-    wait_until,
 )
 from kvstrata.testing.forked import wait_for_end
+from kvstrata.testing.waiting import wait_until
 
 
 def server_pid(client: RemoteClient) -> int:

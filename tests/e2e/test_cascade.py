@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,18 +13,12 @@ from kvstrata.testing.redis_cluster import RedisCluster
 from kvstrata.testing.redis_sentinel import RedisSentinel
 from kvstrata.testing.remote_server import RemoteServerThread
 from kvstrata.testing.vllm_client import Completion
+from kvstrata.testing.waiting import repeating, wait_until
 
 ARGS = ["--block-size", "32", "--max-model-len", "1024"]
 CONFIG = ["maxmemory 512mb", "maxmemory-policy allkeys-lru"]
 ANSWER_SECONDS = 60.0
 """No answer may take longer, whatever is taken away."""
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.2)
 
 
 class Requests:
@@ -58,25 +51,9 @@ class Requests:
     @contextmanager
     def in_flight(self) -> Iterator[None]:
         """Requests go on while the block runs, and at least one more time."""
-        stopping, failures = threading.Event(), []
-
-        def work() -> None:
-            try:
-                while not stopping.is_set():
-                    self.repeat()
-                self.repeat()
-            except BaseException as error:  # noqa: BLE001  raised by the test's own thread
-                failures.append(error)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
+        with repeating(self.repeat):
             yield
-        finally:
-            stopping.set()
-            thread.join()
-        if failures:
-            raise failures[0]
+        self.repeat()
 
 
 def test_each_backend_is_taken_away(model: Path, corpus: list[int], tmp_path: Path) -> None:
@@ -103,25 +80,29 @@ def test_each_backend_is_taken_away(model: Path, corpus: list[int], tmp_path: Pa
         args = [*ARGS, "--no-enable-prefix-caching"]
         with Engine(model, tmp_path / "vllm.log", extra=extra, args=args) as engine:
             requests = Requests(engine, prompts)
-            wait_for(lambda: all(tier["queued_bytes"] == 0 for tier in engine.stats()["tiers"]))
+            wait_until(
+                lambda: all(tier["queued_bytes"] == 0 for tier in engine.stats()["tiers"]),
+                "all is written",
+                60,
+            )
             assert requests.come_from("sentinel")
 
             with requests.in_flight():
                 old = sentinel.master
                 old.kill()
                 sentinel.wait_for_other_master(old)
-            wait_for(lambda: requests.come_from("sentinel"))
+            wait_until(lambda: requests.come_from("sentinel"), "Sentinel serves", 60)
 
             for server in sentinel.servers:
                 server.kill()
-            wait_for(lambda: requests.come_from("cluster"))
+            wait_until(lambda: requests.come_from("cluster"), "the cluster serves", 60)
 
             with requests.in_flight():
                 cluster.nodes[0].kill()
                 time.sleep(1.0)
             cluster.nodes[0].start()
-            wait_for(lambda: requests.come_from("cluster"))
+            wait_until(lambda: requests.come_from("cluster"), "the cluster serves", 60)
 
             for node in cluster.nodes:
                 node.kill()
-            wait_for(lambda: requests.come_from("lm"))
+            wait_until(lambda: requests.come_from("lm"), "lm:// serves", 60)

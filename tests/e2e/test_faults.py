@@ -13,6 +13,7 @@ from pathlib import Path
 from vllm_engine import Engine, assert_equal_answers
 
 from kvstrata.testing.redis_server import RedisServer
+from kvstrata.testing.waiting import wait_until
 
 ARGS = ["--block-size", "32", "--max-model-len", "1024"]
 NUM_ROUNDS = 20
@@ -32,13 +33,6 @@ def embedded_server(engine: Engine) -> int | None:
     """The process id of the engine's private cache server."""
     pids = [pid for pid in engine.process.processes() if "kvstrata.server.embedded" in _command(pid)]
     return pids[0] if pids else None
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.2)
 
 
 class Killer(threading.Thread):
@@ -93,7 +87,7 @@ def test_killed_at_random_instants(model: Path, corpus: list[int], tmp_path: Pat
             assert_equal_answers(expected[0], answer)
             return answer.cached_tokens == len(prompts[0]) - 1
 
-        wait_for(hits_again)
+        wait_until(hits_again, "the cache is used again", 60)
         _kill_a_worker(engine)
 
 
@@ -104,7 +98,7 @@ def _kill_a_worker(engine: Engine) -> None:
     workers = engine.worker_pids()
     assert workers
     engine.process.kill(signal.SIGKILL, processes=workers[:1])
-    wait_for(lambda: not _command(server))
+    wait_until(lambda: not _command(server), "the server is gone", 60)
 
 
 def test_full_and_hanging_redis(model: Path, corpus: list[int], tmp_path: Path) -> None:
@@ -119,7 +113,9 @@ def test_full_and_hanging_redis(model: Path, corpus: list[int], tmp_path: Path) 
         ) as engine,
     ):
         expected = [engine.complete(prompt, max_tokens=4, ignore_eos=True) for prompt in prompts]
-        wait_for(lambda: engine.stats()["totals"]["tier_write_drops"]["redis"] > 0)
+        wait_until(
+            lambda: engine.stats()["totals"]["tier_write_drops"]["redis"] > 0, "writes are dropped", 60
+        )
         for prompt, want in zip(prompts, expected, strict=True):
             assert_equal_answers(want, engine.complete(prompt, max_tokens=4, ignore_eos=True))
         redis_server.suspend()
@@ -128,7 +124,7 @@ def test_full_and_hanging_redis(model: Path, corpus: list[int], tmp_path: Path) 
             assert_equal_answers(want, answer)
         assert not engine.stats()["tiers"][0]["up"]
         redis_server.resume()
-        wait_for(lambda: bool(engine.stats()["tiers"][0]["up"]))
+        wait_until(lambda: bool(engine.stats()["tiers"][0]["up"]), "the tier is used again", 60)
         before = engine.hit_tokens()["redis"]
         assert_equal_answers(expected[0], engine.complete(prompts[0], max_tokens=4, ignore_eos=True))
         assert engine.hit_tokens()["redis"] > before

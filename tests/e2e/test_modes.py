@@ -6,9 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,10 @@ from vllm_engine import Engine, assert_equal_answers
 
 from kvstrata.testing.process import ServerProcess, free_port
 from kvstrata.testing.vllm_server import VLLMServer
+from kvstrata.testing.waiting import wait_until
 
 SHORT = ["--max-model-len", "1024"]
 SMALL_BLOCKS = ["--block-size", "32", *SHORT]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.1)
 
 
 def test_embedded_end_to_end(model: Path, corpus: list[int], tmp_path: Path) -> None:
@@ -59,7 +52,7 @@ def test_embedded_end_to_end(model: Path, corpus: list[int], tmp_path: Path) -> 
         server = [pid for pid in pids if "kvstrata.server.embedded" in _command(pid)]
         assert len(server) == 1
         engine.kill9()
-        wait_for(lambda: not _exists(server[0]))
+        wait_until(lambda: not _exists(server[0]), "the server is gone", 60)
     assert not [path for path in Path("/dev/shm").iterdir() if "kvstrata" in path.name]
 
 
@@ -117,7 +110,7 @@ def test_server_mode_survives_absence_and_restart(model: Path, corpus: list[int]
                     assert_equal_answers(expected, answer)
                     return answer.cached_tokens == 299 and server.hit_tokens() > 0
 
-                wait_for(stored_and_hit)
+                wait_until(stored_and_hit, "the cache is used", 60)
                 server.kill(signal.SIGKILL)
                 answer = engine.complete(prompt, max_tokens=8)
                 assert_equal_answers(expected, answer)
@@ -211,8 +204,8 @@ def test_lmcache_settings_run_unchanged(
         model, log_path=tmp_path / "vllm.log", connector=connector, env=env, args=SHORT
     ) as engine:
         expected = engine.complete(prompt, max_tokens=8)
-        wait_for(lambda: bool(_redis_keys(redis_server.port)))
-        wait_for(lambda: engine.complete(prompt, max_tokens=8).cached_tokens == 399)
+        wait_until(lambda: bool(_redis_keys(redis_server.port)), "it is written", 60)
+        wait_until(lambda: engine.complete(prompt, max_tokens=8).cached_tokens == 399, "it is a hit", 60)
         assert_equal_answers(expected, engine.complete(prompt, max_tokens=8))
 
 

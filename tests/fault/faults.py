@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from unittest.mock import patch
 
 from kvstrata.testing.proxy import BLACK_HOLE, REFUSING, Flow, Link, Proxy
+from kvstrata.testing.waiting import repeating
 
 OPERATION_SECONDS = 0.5
 """``timeout_seconds`` of the tiers under test."""
@@ -134,26 +135,9 @@ PROCESS = [
 @contextmanager
 def again_and_again(change: Callable[[random.Random], None]) -> Iterator[None]:
     """Call ``change`` without much of a pause, in a thread."""
-    stopping = threading.Event()
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        rng = random.Random(5)
-        try:
-            while not stopping.wait(0.002):
-                change(rng)
-        except BaseException as error:  # noqa: BLE001  raised by the test's own thread
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
+    rng = random.Random(5)
+    with repeating(lambda: change(rng), pause_seconds=0.002):
         yield
-    finally:
-        stopping.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 class Stored(Protocol):

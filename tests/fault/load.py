@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import threading
 import time
@@ -11,7 +12,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from kvstrata.client import LocalClient
-from kvstrata.testing.client import CHUNK_SIZE, Prompt, fill, payload_of, prompt, wait_until
+from kvstrata.testing.client import CHUNK_SIZE, Prompt, fill, payload_of, prompt
+from kvstrata.testing.waiting import repeating, wait_until
 from kvstrata.types import Hit, Piece
 
 T = TypeVar("T")
@@ -79,31 +81,13 @@ class Load:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Threads that work until the block ends; what went wrong in them is raised then."""
-        stopping = threading.Event()
-        failures: list[BaseException] = []
-
-        def work(number: int) -> None:
-            rng = random.Random(number)
-            count = 0
-            try:
-                while not stopping.is_set():
-                    count += 1
-                    self.step(f"{number}.{count}", rng.choice(prompts()))
-                    time.sleep(0.001)
-            except BaseException as error:  # noqa: BLE001  raised by the test's own thread
-                failures.append(error)
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(NUM_THREADS)]
-        for thread in threads:
-            thread.start()
-        try:
+        with repeating(*map(self._steps, range(NUM_THREADS))):
             yield
-        finally:
-            stopping.set()
-            for thread in threads:
-                thread.join()
-        if failures:
-            raise failures[0]
+
+    def _steps(self, number: int) -> Callable[[], None]:
+        """What one thread does again and again."""
+        rng, counter = random.Random(number), itertools.count(1)
+        return lambda: self.step(f"{number}.{next(counter)}", rng.choice(prompts()))
 
     def goes_on(self, num_requests: int = 20) -> None:
         """Requests are answered now, and again."""

@@ -20,8 +20,9 @@ from report import ROWS, Row
 
 from kvstrata.cache.io import TierIO
 from kvstrata.client import LocalClient
-from kvstrata.testing.client import small_settings, wait_until
+from kvstrata.testing.client import small_settings
 from kvstrata.testing.leaks import leaked_since, snapshot
+from kvstrata.testing.waiting import wait_until
 
 LOOKUP_SECONDS = 0.5
 SLACK_SECONDS = 0.25

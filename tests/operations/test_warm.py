@@ -9,8 +9,9 @@ from kvstrata.operations.entries import Entries
 from kvstrata.operations.jobs import Job
 from kvstrata.operations.prompts import Prompts
 from kvstrata.operations.warm import Warming
-from kvstrata.testing.client import CHUNK_SIZE, payload_of, prompt, wait_until
+from kvstrata.testing.client import CHUNK_SIZE, payload_of, prompt
 from kvstrata.testing.core import open_core, settle, store
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.dict import DictTier
 
 

@@ -15,8 +15,9 @@ import zmq
 from kvstrata.client import RemoteClient
 from kvstrata.protocol import messages as m
 from kvstrata.protocol.framing import Part, decode_reply, encode
-from kvstrata.testing.client import look, make_namespace, prompt, small_settings, store, wait_until
+from kvstrata.testing.client import look, make_namespace, prompt, small_settings, store
 from kvstrata.testing.forked import ForkedServer, ServerHost
+from kvstrata.testing.waiting import wait_until
 from kvstrata.types import Piece, Prefix
 
 SPACE = make_namespace()

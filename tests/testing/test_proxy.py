@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstrata.testing.client import wait_until
 from kvstrata.testing.proxy import BLACK_HOLE, REFUSING, Flow, Link, Proxy, far_away, slow_link
+from kvstrata.testing.waiting import wait_until
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from kvstrata.testing.process import free_port
 from kvstrata.testing.redis_cluster import RedisCluster, slot_of
 from kvstrata.testing.redis_server import RedisServer, server_binary
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.redis import RedisOptions, RedisTier
 from kvstrata.types import Miss, MissReason
@@ -89,13 +90,6 @@ def held_by(node: RedisServer, keys: list[str]) -> set[str]:
     """The keys whose frames lie on a node, whoever serves them."""
     names = set(node.ask("KEYS", "*") or [])
     return {key for key in keys if value_name(key).encode() in names}
-
-
-def wait_until(reached: Any, what: str) -> None:
-    deadline = time.monotonic() + 5
-    while not reached():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def test_an_independent_client_finds_the_entries(cluster: RedisCluster, tier: RedisTier) -> None:
@@ -259,7 +253,7 @@ def test_a_lost_node_loses_its_slots_only(how: str) -> None:
                 return True
             return False
 
-        wait_until(is_back, "the node is not used again")
+        wait_until(is_back, "the node is used again", 5)
         assert read_frames(tier, keys, 1000) == [bytes(frame) for frame in frames]
         for node in cluster.nodes:
             node.kill()
@@ -300,6 +294,6 @@ def test_a_cluster_that_says_it_is_down() -> None:
                 return True
             return False
 
-        wait_until(is_down, "the tier goes on")
+        wait_until(is_down, "the tier is down", 5)
         cluster.nodes[2].start()
-        wait_until(lambda: not is_down(), "the tier is not used again")
+        wait_until(lambda: not is_down(), "the tier is used again", 5)

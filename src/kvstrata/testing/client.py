@@ -23,6 +23,7 @@ from kvstrata.client.base import Client, Reservation
 from kvstrata.config import Settings
 from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces
 from kvstrata.testing.faults import Faults, set_faults
+from kvstrata.testing.waiting import PATIENCE_SECONDS, wait_until
 from kvstrata.types import Hit, KVLayout, MissReason, Namespace, Piece, Prefix, parse_key
 
 BLOCK_SIZE = 16
@@ -31,7 +32,6 @@ LAYOUT = KVLayout(block_size=BLOCK_SIZE, page_bytes=(1024, 3072), dtype="bfloat1
 CHUNK_BYTES = LAYOUT.payload_bytes(CHUNK_SIZE)
 POOL_CHUNKS = 64
 """About so many full chunks fit into the pool of :func:`small_settings`."""
-PATIENCE_SECONDS = 20.0
 """How long a test waits for what must happen, before it fails."""
 
 Start = Callable[[Settings], Client]
@@ -126,14 +126,6 @@ def look(client: Client, request_id: str, asked: Prompt) -> int:
     check_payloads(client, request_id, hit, asked.namespace)
     client.release(request_id)
     return hit.num_tokens
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that must come about."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS:g} s: {what}"
-        time.sleep(0.01)
 
 
 def written(client: Client, entries: int) -> bool:

@@ -21,10 +21,9 @@ from kvstrata.memory.pool import SlotAllocator
 from kvstrata.metrics import Metrics
 from kvstrata.policies.base import EvictionPolicy
 from kvstrata.policies.lru import LRUPolicy
+from kvstrata.testing.waiting import PATIENCE_SECONDS
 from kvstrata.tiers.base import Tier
 from kvstrata.types import Hit, Namespace, Piece, Prefix
-
-_PATIENCE_SECONDS = 20.0
 
 
 @contextmanager
@@ -103,7 +102,7 @@ def store(
 
 def wait_lookup(cache: Cache, owner: str, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
     """Look up until the answer is final."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while (hit := cache.lookup(owner, request_id, namespace, prefix)).pending:
         assert time.monotonic() < deadline, "the look-up is pending for ever"
         time.sleep(0.0005)
@@ -118,8 +117,8 @@ def payloads(cache: Cache, hit: Hit, shard: int, namespace: Namespace) -> list[b
 
 def settle(cache: Cache) -> None:
     """Wait until every read and write that was queued has ended."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not cache.flush(_PATIENCE_SECONDS) or _is_loading(cache):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not cache.flush(PATIENCE_SECONDS) or _is_loading(cache):
         assert time.monotonic() < deadline, "the tiers do not come to rest"
         time.sleep(0.0005)
 
