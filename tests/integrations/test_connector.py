@@ -397,6 +397,26 @@ def test_a_reset_takes_back_what_has_been_found(make_engine, client):
     assert other.num_computed == 201
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_reset_covers_what_a_step_under_way_stores(make_engine, overlap, num_ranks):
+    """New weights while vLLM is a step ahead: that step stores KV of the old ones after the reset."""
+    engine = make_engine(overlap=overlap, num_ranks=num_ranks, max_num_batched_tokens=400)
+    engine.add("a", PROMPT)
+    planned = engine.scheduler.schedule()
+    engine.connector.reset_cache()
+    engine._in_flight.append((planned, engine._run(planned)))
+    engine.run()
+    assert not make_engine(num_ranks=num_ranks).connector._scheduler._client.keys()
+    engine.scheduler.reset_prefix_cache()
+    engine.num_computed = 0
+    engine.ask("b", PROMPT)
+    assert engine.num_computed == len(PROMPT)
+    engine.scheduler.reset_prefix_cache()
+    engine.ask("c", PROMPT)
+    assert engine.num_computed == len(PROMPT) + 1, "and then it is used as ever"
+
+
 def test_what_was_computed_while_the_server_was_away_is_offered_later(make_engine, client, monkeypatch, log):
     engine = make_engine(max_num_batched_tokens=64)
     with monkeypatch.context() as patch:

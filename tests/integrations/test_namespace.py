@@ -97,8 +97,8 @@ def test_ranks_that_differ_in_size_are_refused():
 
 
 def test_reports_add_up():
-    first = WorkerReport({"a#1": 1, "b#1": 1})
-    second = WorkerReport({"a#1": 1}, frozenset({"a#1"}))
-    assert first.aggregate(second) == WorkerReport({"a#1": 2, "b#1": 1}, frozenset({"a#1"}))
+    first = WorkerReport(7, {"a#1": 1, "b#1": 1})
+    second = WorkerReport(7, {"a#1": 1}, frozenset({"a#1"}))
+    assert first.aggregate(second) == WorkerReport(7, {"a#1": 2, "b#1": 1}, frozenset({"a#1"}))
     with pytest.raises(TypeError):
         first.aggregate(object())

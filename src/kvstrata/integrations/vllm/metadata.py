@@ -58,14 +58,18 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     stores: tuple[StoreOp, ...] = ()
     prefill_tokens: int = 0
     """Prompt tokens that this step computes, when it computes nothing else."""
+    number: int = 0
+    """Counts the steps, from 1."""
 
 
 @dataclass(frozen=True)
 class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Worker -> scheduler: loads that ended, with the number of workers that say so."""
+    """Worker -> scheduler: what has come about by the end of a step."""
 
+    step: int
+    """Its number: whatever it and those before it stored is stored."""
     ended: dict[str, int] = field(default_factory=dict)
-    """By lease id."""
+    """Loads that ended, by lease id, with the number of workers that say so."""
     failed: frozenset[str] = frozenset()
     """Lease ids of loads that failed on a worker at least."""
 
@@ -76,4 +80,4 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
         ended = dict(self.ended)
         for lease_id, count in other.ended.items():
             ended[lease_id] = ended.get(lease_id, 0) + count
-        return WorkerReport(ended, self.failed | other.failed)
+        return WorkerReport(min(self.step, other.step), ended, self.failed | other.failed)

@@ -74,6 +74,10 @@ class SchedulerSide:
         self._requests: dict[str, Tracked] = {}
         self._planned: list[LoadOp] = []
         self._loading: dict[str, _Loading] = {}
+        self._num_planned_steps = 0
+        self._num_ended_steps = 0
+        self._clear_behind = 0
+        """The last step that was planned before a clear: until it has ended it may store what is to be gone."""
 
     @property
     def namespace(self) -> Namespace | None:
@@ -94,6 +98,8 @@ class SchedulerSide:
         # At least one token is always computed: its logits are needed.
         max_tokens = request.num_tokens - 1
         if tracked is None or not tracked.read or namespace is None or max_tokens <= num_local_tokens:
+            return 0, False
+        if self._is_clearing:
             return 0, False
         self._drop_outdated(tracked, num_local_tokens)
         lookup = tracked.begin_lookup(num_local_tokens // namespace.chunk_size * namespace.chunk_size)
@@ -176,6 +182,7 @@ class SchedulerSide:
 
     def plan_step(self, output: SchedulerOutput) -> StepMetadata:
         """vLLM's ``build_connector_meta``: what the workers are to load before and store after this step."""
+        self._num_planned_steps += 1
         loads, self._planned = tuple(self._planned), []
         stores = tuple(
             op
@@ -188,6 +195,7 @@ class SchedulerSide:
             loads=loads,
             stores=stores,
             prefill_tokens=prefill_tokens,
+            number=self._num_planned_steps,
         )
 
     def _plan_store(self, request_id: str, num_scheduled: int, output: SchedulerOutput) -> StoreOp | None:
@@ -203,7 +211,7 @@ class SchedulerSide:
         first = tracked.stored_tokens // chunk_size
         end = stable // chunk_size
         ends_prompt = computed < request.num_prompt_tokens <= known
-        if (end <= first and not ends_prompt) or not self._client.connected:
+        if (end <= first and not ends_prompt) or self._is_clearing or not self._client.connected:
             return None  # what nobody takes now is offered again in a later step
         with_tail = ends_prompt and self._settings.save_unfull_chunk
         pieces = _hashed(tracked, lambda: _pieces(tracked, namespace, first, end, with_tail=with_tail))
@@ -251,6 +259,10 @@ class SchedulerSide:
                 # The same look-up would promise the same again: compute this request, and store it.
                 tracked.read = False
                 tracked.forget_stored()
+        was_clearing = self._is_clearing
+        self._num_ended_steps = max(self._num_ended_steps, report.step)
+        if was_clearing and not self._is_clearing:
+            self._drop_stored()
 
     def finish(self, request: Request) -> None:
         """The request has ended, one way or another."""
@@ -259,9 +271,13 @@ class SchedulerSide:
             self._client.release(tracked.lookup.lease_id)
 
     def clear(self) -> None:
-        """Drop everything that is cached for this engine's namespace, for example because of new weights."""
-        if self.namespace is not None:
-            self._client.clear(self._namespace)
+        """Drop everything that is cached for this engine's namespace, for example because of new weights.
+
+        Steps that are under way (vLLM schedules ahead) store what they compute after this. So nothing is looked
+        up or stored until they have ended, and then everything is dropped once more.
+        """
+        self._clear_behind = self._num_planned_steps
+        self._drop_stored()
         for tracked in self._requests.values():
             tracked.forget_stored()
             # What has been found or computed before must not come back after.
@@ -270,6 +286,14 @@ class SchedulerSide:
                 tracked.lookup = None
             if tracked.request.num_computed_tokens > 0:
                 tracked.write = False
+
+    @property
+    def _is_clearing(self) -> bool:
+        return self._num_ended_steps < self._clear_behind
+
+    def _drop_stored(self) -> None:
+        if self.namespace is not None:
+            self._client.clear(self._namespace)
 
     def close(self) -> None:
         """Disconnect; the server ends what is left of the leases."""

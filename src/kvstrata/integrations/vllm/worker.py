@@ -228,12 +228,12 @@ class WorkerSide:
 
     def take_report(self) -> WorkerReport | None:
         """What the scheduler's connector is to know."""
-        ended = [lease_id for done, lease_id in self._running if done()]
-        failed = frozenset(self._step.failed_leases if self._step else ())
-        if not ended and not failed:
+        if self._step is None:
             return None
+        ended = [lease_id for done, lease_id in self._running if done()]
         self._running = [(done, lease_id) for done, lease_id in self._running if lease_id not in ended]
-        return WorkerReport(dict.fromkeys(ended, 1), failed)
+        failed = frozenset(self._step.failed_leases)
+        return WorkerReport(self._step.metadata.number, dict.fromkeys(ended, 1), failed)
 
     def close(self) -> None:
         """Disconnect."""
