@@ -106,6 +106,26 @@ def test_two_codecs_on_one_redis(redis_server: RedisServer | None, keys: dict[st
         assert redis_server.ask("HGET", f"{key}metadata", "format") == b"floats+aesgcm"
 
 
+def test_what_is_not_encrypted_can_be_refused(keys: dict[str, str]) -> None:
+    tier = DictTier()
+    plain, secret = prompt(3 * CHUNK_SIZE, seed=1), prompt(2 * CHUNK_SIZE, seed=2)
+    with (
+        open_core([tier], pool_bytes=POOL_BYTES, codecs=[open_codec("naive")]) as a,
+        open_core([tier], pool_bytes=POOL_BYTES, codecs=[open_codec("floats+aesgcm", keys)]) as b,
+    ):
+        put(a, plain)
+        put(b, secret)
+    codecs, decoders = [open_codec("aesgcm", keys)], Decoders(keys, encrypted_only=True)
+    with open_core([tier], pool_bytes=POOL_BYTES, codecs=codecs, decoders=decoders) as strict:
+        assert get(strict, secret).num_tokens == len(secret)
+        assert get(strict, plain).miss_reason == MissReason.UNDECRYPTABLE
+        put(strict, plain)
+        assert {FrameHeader.unpack(frame).codec for frame in tier.frames.values()} == {
+            "aesgcm",
+            "floats+aesgcm",
+        }
+
+
 @pytest.mark.parametrize(
     ("reason", "spelling"),
     [(MissReason.UNDECRYPTABLE, "floats+aesgcm"), (MissReason.UNKNOWN_CODEC, "zip")],

@@ -35,6 +35,7 @@ VALID: dict[str, Any] = {
     "remote_url": "redis://h:1",
     "remote_serde": "naive",
     "encryption_key_file": "/etc/kvstrata/keys",
+    "require_encryption": True,
     "ttl_seconds": 60,
     "tiers": ({"kind": "disk", "path": "/x", "max_bytes": 1000},),
     "blocking_timeout_secs": 2.5,

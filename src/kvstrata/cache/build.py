@@ -14,6 +14,7 @@ from kvstrata.cache.cache import Cache
 from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Index
 from kvstrata.cache.io import TierIO
+from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders, open_codec
 from kvstrata.config import Settings, TierConfig, tier_configs
 from kvstrata.errors import ConfigError
@@ -32,13 +33,14 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
         ConfigError: a tier, codec or policy cannot be had as configured.
     """
     keys = {"key_file": settings.encryption_key_file}
-    decoders = Decoders(keys)
+    decoders = Decoders(keys, encrypted_only=settings.require_encryption)
     if settings.encryption_key_file is not None:
         open_codec("aesgcm", keys)  # so that a key file that cannot be used is found at start
     policy = plugins.load("policies", settings.cache_policy.lower())()
     configs = tier_configs(settings)
     _check_policies(settings, configs)
     codecs = [open_codec(config.codec, keys) for config in configs]  # what can be refused first
+    _check_encryption(settings, configs, codecs)
     tiers: list[TierIO] = []
     for config, codec in zip(configs, codecs, strict=True):
         # Look-ups, reads and writes have a thread each, and no fewer connections than that.
@@ -72,6 +74,16 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
         read_fastest=settings.read_policy == "fastest",
         lookup_timeout_seconds=settings.lookup_timeout_ms / 1000,
     )
+
+
+def _check_encryption(settings: Settings, configs: Sequence[TierConfig], codecs: Sequence[Codec]) -> None:
+    """Raises ConfigError where a tier would be written that could not be read."""
+    for config, codec in zip(configs, codecs, strict=True):
+        if settings.require_encryption and not codec.encrypts:
+            raise ConfigError(
+                f"require_encryption is set, but tier {config.name} is written with codec {config.codec!r}: "
+                "add +aesgcm to it"
+            )
 
 
 def _check_policies(settings: Settings, configs: Sequence[TierConfig]) -> None:

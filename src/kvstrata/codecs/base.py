@@ -100,6 +100,11 @@ class Codec(ABC):
         """
         return ""
 
+    @property
+    def encrypts(self) -> bool:
+        """Whether only holders of a key can read, or make, what it encodes."""
+        return self.stage is Stage.ENCRYPT
+
     @abstractmethod
     def max_encoded_bytes(self, what: PayloadDescription) -> int:
         """The largest size that ``encode`` can produce for such a payload."""

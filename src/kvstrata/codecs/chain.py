@@ -33,6 +33,10 @@ class ChainCodec(Codec):
     def parameters(self) -> str:
         return SEPARATOR.join(codec.parameters for codec in self.codecs)
 
+    @property
+    def encrypts(self) -> bool:
+        return self.codecs[-1].encrypts
+
     def max_encoded_bytes(self, what: PayloadDescription) -> int:
         for codec in self.codecs:
             what = what.encoded(codec.max_encoded_bytes(what))

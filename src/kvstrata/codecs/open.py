@@ -54,21 +54,38 @@ def _make(name: str, options: Mapping[str, Any]) -> Codec:
 class Decoders:
     """Codecs by the names that frames give, each opened when a frame first asks for it. Thread-safe."""
 
-    def __init__(self, general: Mapping[str, Any] | None = None, known: Iterable[Codec] = ()) -> None:
+    def __init__(
+        self,
+        general: Mapping[str, Any] | None = None,
+        known: Iterable[Codec] = (),
+        *,
+        encrypted_only: bool = False,
+    ) -> None:
         """
         Args:
             general: values for options of any codec that has them (keys, say).
             known: codecs that are there already.
+            encrypted_only: whether frames that are not encrypted are refused.
         """
         self._general = dict(general or {})
+        self._encrypted_only = encrypted_only
         self._found = {codec.name: codec for codec in known}
 
     def find(self, name: str) -> Codec:
         """The codec of a frame whose header says ``name``.
 
         Raises:
-            FrameError: there is none here; the reason is ``unknown_codec``.
+            FrameError: there is none here (``unknown_codec``), or it does not encrypt and has to
+                (``undecryptable``).
         """
+        codec = self._find(name)
+        if self._encrypted_only and not codec.encrypts:
+            raise FrameError(
+                MissReason.UNDECRYPTABLE, "it is not encrypted, as require_encryption wants it to be"
+            )
+        return codec
+
+    def _find(self, name: str) -> Codec:
         codec = self._found.get(name)
         if codec is None:
             codec = self._found[name] = self._open(name)
@@ -77,7 +94,7 @@ class Decoders:
     def _open(self, name: str) -> Codec:
         parts = name.split(SEPARATOR)
         if len(parts) > 1:
-            codecs = [self.find(part) for part in parts]
+            codecs = [self._find(part) for part in parts]
             fault = chain_fault([codec.stage for codec in codecs])
             if fault:
                 raise FrameError(MissReason.UNKNOWN_CODEC, f"codec {name!r}: {fault}")

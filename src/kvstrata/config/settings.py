@@ -114,6 +114,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ]
         | None
     ) = None
+    require_encryption: Annotated[
+        bool,
+        _meta("Entries that are not encrypted are misses, and every tier's codec has to end with `aesgcm`."),
+    ] = False
     ttl_seconds: (
         Annotated[
             int,
