@@ -50,6 +50,7 @@ VALID: dict[str, Any] = {
     "port": 6000,
     "http_host": "::1",
     "http_open_reads": True,
+    "http_dashboard": False,
     "http_token_file": "/run/token",
     "http_port": 0,
     "log_level": "DEBUG",

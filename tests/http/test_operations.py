@@ -440,6 +440,26 @@ def test_jobs_can_be_cancelled_and_are_bounded(
     assert [job["id"] for job in api.get("/jobs")] == [job["id"] for job in [*reversed(waiting), running]]
 
 
+def test_the_prefixes_that_are_hit_most(served: Served, api: Api) -> None:
+    assert api.get("/prefixes") == []
+    shared = prompt(2 * CHUNK_SIZE, 1, SPACE)
+    longer = Prompt([*shared.tokens, *range(CHUNK_SIZE)], SPACE)
+    put(served, longer)
+    for number, asked in enumerate((shared, longer, longer, longer)):
+        look(served.client, f"r{number}", asked)
+    most, longest = api.get("/prefixes")
+    assert most["last_hit_at"] >= longest["last_hit_at"]
+    described = [(p["num_tokens"], p["num_hits"], p["held_in"], p["model_name"]) for p in (most, longest)]
+    assert described == [
+        (len(longer), 3, ["l1", "disk"], "org/model"),
+        (len(shared), 4, ["l1", "disk"], "org/model"),
+    ]
+    assert most["key"] == SPACE.key(longer.chunks[-1].chunk_hash, 0)
+    assert api.ask("DELETE", "/entries/" + quote(most["key"], safe="")).status == 200
+    assert [p["held_in"] for p in api.get("/prefixes")] == [[], ["l1", "disk"]]
+    assert api.get("/prefixes?limit=1") == [api.get("/prefixes")[0]]
+
+
 def test_the_configuration_is_shown_without_secrets(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("a-token-of-some-length\n")

@@ -24,6 +24,7 @@ from kvstrata.cache.index import Entry, Index, State, entry_key
 from kvstrata.cache.io import TierIO
 from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
+from kvstrata.cache.popular import CommonPrefix, Popular, common_prefixes
 from kvstrata.cache.prefetch import Prefetch
 from kvstrata.cache.recent import Recent
 from kvstrata.cache.walk import Walk, first_missing, walk
@@ -86,6 +87,7 @@ class Cache:
         self._lookups: dict[tuple[str, str], Lookup] = {}
         self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
         self._recent = Recent()
+        self._popular = Popular()
 
     def intern(self, namespace: Namespace) -> Namespace:
         """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
@@ -184,6 +186,7 @@ class Cache:
         lookup.answered_at = time.time()
         lookup.seconds = seconds = self._clock() - lookup.started_at
         self._recent.add(lookup)
+        self._popular.add(lookup)
         num_asked = lookup.prefix.num_tokens - lookup.first_block * lookup.namespace.layout.block_size
         self.metrics.looked_up(num_asked, hit.tokens_by_tier, hit.miss_reason, seconds)
         num_found = sum(hit.tokens_by_tier.values())
@@ -213,6 +216,12 @@ class Cache:
             with self._lock:  # not once for all of them: each takes milliseconds that look-ups would wait
                 explanations.append(explain(lookup, self._tier_names))
         return explanations
+
+    def popular(self) -> list[CommonPrefix]:
+        """The prefixes that look-ups have hit, those that brought the most tokens first."""
+        with self._lock:
+            ends = self._popular.ends()
+        return common_prefixes(ends)
 
     def explain(self, request_id: str) -> Explanation | None:
         """Why a request hit what it hit; None when it is not among the last that were answered.

@@ -211,6 +211,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     http_open_reads: Annotated[bool, _meta("Whether requests that only read (GET) go without the token.")] = (
         False
     )
+    http_dashboard: Annotated[bool, _meta("Whether the HTTP API has a page for people at `/`.")] = True
     log_level: Annotated[str, _meta("DEBUG, INFO, WARNING, ERROR or CRITICAL.")] = "INFO"
 
     @property

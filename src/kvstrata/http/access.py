@@ -29,6 +29,8 @@ class Access:
     """Whether reads go without it."""
     hosts: frozenset[str] | None = None
     """Names by which the server may be addressed (without port); None: any."""
+    open_paths: frozenset[str] = OPEN_PATHS
+    """What anybody may read."""
 
     def __repr__(self) -> str:
         return (
@@ -37,7 +39,7 @@ class Access:
 
     def allows(self, method: str, path: str, authorization: bytes) -> bool:
         """Whether a request with that ``Authorization`` header may pass."""
-        if self.token is None or (method in READING and (self.open_reads or path in OPEN_PATHS)):
+        if self.token is None or (method in READING and (self.open_reads or path in self.open_paths)):
             return True
         scheme, _, given = authorization.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.token)

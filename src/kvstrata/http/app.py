@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Response
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 
 from kvstrata.__about__ import __version__
 from kvstrata.http.access import OPEN_PATHS, READING, Access
+from kvstrata.http.dashboard import Page
 from kvstrata.http.guard import Guard
 from kvstrata.http.manage import manage_router
 from kvstrata.http.problems import Problem, handle_errors, responses
@@ -52,9 +54,16 @@ class Version(BaseModel):
 
 
 def create_app(
-    source: StatusSource, operations: Operations | None = None, access: Access | None = None
+    source: StatusSource,
+    operations: Operations | None = None,
+    access: Access | None = None,
+    *,
+    with_page: bool = False,
 ) -> FastAPI:
-    """The application; without ``operations`` it reads only. It knows no more than these tell."""
+    """The application; without ``operations`` it reads only. It knows no more than these tell.
+
+    ``with_page`` puts the page for people at ``/``: it holds no data, and is open to all who may ask at all.
+    """
     # Without the interactive documentation: its scripts come from elsewhere.
     app = FastAPI(
         title="kvstrata",
@@ -64,6 +73,10 @@ def create_app(
         redoc_url=None,
     )
     access = access or Access()
+    if with_page:
+        page = Page.load()
+        access = dataclasses.replace(access, open_paths=access.open_paths | page.paths)
+        page.add_to(app)
     app.add_middleware(Guard, access=access)
     handle_errors(app)
     _add_status(app, source)

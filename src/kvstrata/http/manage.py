@@ -27,6 +27,7 @@ from kvstrata.operations import Operations
 from kvstrata.operations.entries import Deleted, EntryDetails, EntryPage
 from kvstrata.operations.jobs import JobReport
 from kvstrata.operations.pins import PinReport
+from kvstrata.operations.prefixes import PrefixReport
 from kvstrata.operations.prompts import Coverage, NamespaceReport
 from kvstrata.operations.requests import RequestReport
 from kvstrata.operations.runtime import RuntimeReport
@@ -34,6 +35,7 @@ from kvstrata.operations.scope import Scope
 from kvstrata.operations.tiers import TierReport
 
 MAX_PAGE = 1000
+MAX_PREFIXES = 100
 
 
 class Config(BaseModel):
@@ -85,6 +87,11 @@ def _add_requests(router: APIRouter, operations: Operations) -> None:
     def list_requests(limit: Annotated[int, Query(ge=1, le=MAX_RECENT)] = 50) -> list[RequestReport]:
         """The look-ups that were answered last, the latest first, each explained."""
         return operations.recent(limit)
+
+    @router.get("/prefixes", tags=["requests"])
+    def list_prefixes(limit: Annotated[int, Query(ge=1, le=MAX_PREFIXES)] = 20) -> list[PrefixReport]:
+        """The stored prefixes that look-ups hit most, those that brought the most tokens first."""
+        return operations.prefixes(limit)
 
     @router.get("/explain/{request_id:path}", tags=["requests"], responses=responses(404))
     def explain(request_id: Name) -> RequestReport:

@@ -35,13 +35,15 @@ class HttpServer:
         port: int = 8080,
         operations: Operations | None = None,
         access: Access | None = None,
+        *,
+        with_page: bool = False,
     ) -> None:
-        """Nothing is opened yet. Port 0 takes a free one; without ``operations`` it only reads."""
+        """Nothing is opened yet. Port 0 takes a free one; for the rest see ``create_app``."""
         self.host = host
         self.port = port
         """The port that is listened on, once started."""
         config = uvicorn.Config(
-            create_app(source, operations, access),
+            create_app(source, operations, access, with_page=with_page),
             loop="asyncio",
             http="h11",  # bounds the size of a request's head
             server_header=False,

@@ -16,6 +16,7 @@ from kvstrata.metrics import L1
 from kvstrata.operations.entries import Entries
 from kvstrata.operations.jobs import Job, JobReport, Jobs
 from kvstrata.operations.pins import PinReport, Pins
+from kvstrata.operations.prefixes import PrefixReport, report_prefixes
 from kvstrata.operations.prompts import Coverage, Prompts, hash_tokens
 from kvstrata.operations.requests import RequestReport, report_request
 from kvstrata.operations.runtime import Runtime
@@ -60,6 +61,10 @@ class Operations:
         """How much of a prompt is held, in each namespace that is meant."""
         namespaces = self.prompts.chosen(model_name, fingerprint)
         return [self.prompts.coverage(namespace, tokens, salt) for namespace in namespaces]
+
+    def prefixes(self, limit: int) -> list[PrefixReport]:
+        """The stored prefixes that are hit most, those that brought the most tokens first."""
+        return report_prefixes(self._cache, limit)
 
     def recent(self, limit: int) -> list[RequestReport]:
         """The look-ups that were answered last, the latest first."""

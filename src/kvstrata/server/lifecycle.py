@@ -73,7 +73,8 @@ def http_api(server: Server, settings: Settings, port: int) -> Iterator[str | No
         yield None
         return
     access = make_access(settings.http_host, settings.http_token_file, open_reads=settings.http_open_reads)
-    http = HttpServer(server, settings.http_host, port, server.operations, access)
+    with_page = settings.http_dashboard
+    http = HttpServer(server, settings.http_host, port, server.operations, access, with_page=with_page)
     http.start()
     try:
         yield f"http://{http.host}:{http.port}"
