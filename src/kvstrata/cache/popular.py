@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import itertools
 from collections.abc import Iterable
 
 import msgspec
@@ -89,21 +90,28 @@ class Popular:
 def common_prefixes(ends: Iterable[End]) -> list[CommonPrefix]:
     """The prefixes at which hits ended or parted, those that brought the most tokens first.
 
-    Takes milliseconds per thousand pieces.
+    Takes about a millisecond per thousand pieces.
     """
-    found: dict[bytes, CommonPrefix] = {}
+    ends = list(ends)
+    hits: dict[bytes, int] = {}
     for end in ends:
         for piece in end.pieces:
-            prefix = found.get(piece.chunk_hash)
-            if prefix is None:
-                prefix = found[piece.chunk_hash] = CommonPrefix(end.namespace, piece)
-            prefix.num_hits += end.num_hits
-            prefix.last_hit_at = max(prefix.last_hit_at, end.last_hit_at)
-    # One that was always hit with the same continuation says nothing that the continuation does not.
-    always_continued = {
-        prefix.last_piece.parent_hash
-        for prefix in found.values()
-        if (before := found.get(prefix.last_piece.parent_hash)) and before.num_hits == prefix.num_hits
-    }
-    kept = (prefix for chunk_hash, prefix in found.items() if chunk_hash not in always_continued)
-    return sorted(kept, key=lambda prefix: prefix.num_hits * prefix.num_tokens, reverse=True)
+            hits[piece.chunk_hash] = hits.get(piece.chunk_hash, 0) + end.num_hits
+    found: dict[bytes, CommonPrefix] = {}
+    for end in ends:
+        for piece, following in itertools.pairwise(end.pieces):
+            # One that was always hit with the same continuation says nothing that the continuation does not.
+            if hits[piece.chunk_hash] != hits[following.chunk_hash]:
+                _reached(found, end, piece)
+        _reached(found, end, end.pieces[-1])
+    for chunk_hash, prefix in found.items():
+        prefix.num_hits = hits[chunk_hash]
+    return sorted(found.values(), key=lambda prefix: prefix.num_hits * prefix.num_tokens, reverse=True)
+
+
+def _reached(found: dict[bytes, CommonPrefix], end: End, piece: Piece) -> None:
+    """A hit that went as far as ``end`` reached ``piece``."""
+    prefix = found.get(piece.chunk_hash)
+    if prefix is None:
+        prefix = found[piece.chunk_hash] = CommonPrefix(end.namespace, piece)
+    prefix.last_hit_at = max(prefix.last_hit_at, end.last_hit_at)
