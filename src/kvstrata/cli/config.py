@@ -10,6 +10,7 @@ import typer
 from kvstrata.cli.output import AsJson, ConfigFile, print_json, print_notices, print_table
 from kvstrata.config import SETTINGS, Resolved, load_settings, mask, tier_configs
 from kvstrata.config.memory import check_redis_config
+from kvstrata.config.migration import migration_text
 from kvstrata.config.reference import reference_text
 from kvstrata.errors import ConfigError, PluginError
 
@@ -79,6 +80,12 @@ def check(
 def docs() -> None:
     """Print the configuration reference in Markdown."""
     print(reference_text(), end="")
+
+
+@app.command(hidden=True, epilog="Example: kvstrata config migration > docs/migrate-from-lmcache.md")
+def migration() -> None:
+    """Print the guide for those who come from LMCache in Markdown."""
+    print(migration_text(), end="")
 
 
 def _shown(resolved: Resolved) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,35 @@
-"""What becomes of every key of LMCache's configuration (0.5.6): data for loading and documentation."""
+"""What becomes of LMCache's settings, of the options of its server and of its commands: data for loading settings,
+for the drop-in's commands (compat/lmcache) and for documentation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
 
+LMCACHE_VERSION = "0.5.6"
+"""The version whose settings, options and names these are."""
+
 Fate = Literal["same", "mapped", "not needed", "not supported"]
+FATES: tuple[Fate, ...] = ("same", "mapped", "not needed", "not supported")
 
 
 class LMCacheKey(msgspec.Struct, frozen=True):
-    """One key of LMCache: what it becomes here."""
+    """One key, option or command of LMCache: what it becomes here."""
 
     fate: Fate
     note: str = ""
-    """For ``mapped`` the key it becomes; otherwise a difference, or the reason."""
+    """For ``mapped`` what it becomes; otherwise a difference, or the reason."""
+
+
+Takes = Literal["one value", "values", "no value"]
+
+
+class LMCacheOption(LMCacheKey, frozen=True):
+    """One option of ``lmcache server``."""
+
+    takes: Takes = "one value"
 
 
 _SAME: dict[str, str] = {
@@ -205,3 +220,204 @@ def _keys() -> dict[str, LMCacheKey]:
 LMCACHE_KEYS: dict[str, LMCacheKey] = _keys()
 """By LMCache's name: ``LMCACHE_`` + upper case in the environment, as it is in the file, ``lmcache.`` + name
 in ``kv_connector_extra_config`` (those that begin with ``mp.`` only there)."""
+
+
+_OPTIONS_SAME: dict[str, str] = {
+    "--l1-size-gb": "",
+    "--chunk-size": "",
+    "--eviction-policy": "LRU; there is no ARC, IsolatedLRU or noop",
+    "--host": "",
+    "--port": "",
+    "--http-host": "reachable from elsewhere it wants `--http-token-file`",
+    "--http-port": "",
+}
+
+_OPTIONS_MAPPED: dict[str, str] = {"--l2-adapter": "tiers"}
+
+_OPTIONS_NOT_NEEDED: dict[str, tuple[str, ...]] = {
+    "keys are SHA-256 on every process and host": ("--hash-algorithm",),
+    "the default; a name of an instance plays no part": ("--instance-id",),
+    "the transfer is chosen by what both sides can do": (
+        "--supported-transfer-mode",
+        "--isolated-ipc",
+        "--shm-name",
+    ),
+    "one process decides, each engine's workers copy": (
+        "--max-workers",
+        "--max-gpu-workers",
+        "--max-cpu-workers",
+    ),
+    "the connector stores only blocks of requests": ("--null-block-id",),
+    "a lease ends with its request or its owner": (
+        "--l1-write-ttl-seconds",
+        "--l1-read-ttl-seconds",
+        "--session-ttl-seconds",
+        "--worker-reap-timeout-seconds",
+        "--worker-registration-grace-seconds",
+    ),
+    "the pool is prefaulted in the background": ("--l1-use-lazy", "--l1-init-size-gb", "--l1-align-bytes"),
+    "what is needed is evicted, when it is needed": ("--eviction-trigger-watermark", "--eviction-ratio"),
+    "each tier has its bounds": (
+        "--l2-prefetch-policy",
+        "--l2-prefetch-max-in-flight",
+        "--periodic-notifier-interval-ms",
+    ),
+    "metrics are always on, at the HTTP port": (
+        "--prometheus-port",
+        "--disable-observability",
+        "--disable-metrics",
+        "--disable-grpc-metrics",
+        "--event-bus-queue-size",
+        "--metrics-sample-rate",
+    ),
+    "use `log_level`": ("--disable-logging",),
+    "see `kvstrata status --watch 10`": ("--enable-extra-logging", "--extra-logging-interval"),
+}
+
+_OPTIONS_NOT_SUPPORTED: dict[str, tuple[str, ...]] = {
+    "gRPC; engines speak ZMQ": ("--transport", "--grpc-server-workers"),
+    "reuse of text that is no prefix": (
+        "--engine-type",
+        "--enable-segmented-prefix",
+        "--enable-dedup-content",
+        "--enable-blend-reorder",
+    ),
+    "transfer between instances other than through a shared tier": (
+        "--p2p-advertise-url",
+        "--p2p-listen-url",
+        "--p2p-lookup-timeout",
+        "--p2p-load-timeout",
+        "--p2p-transfer-engine",
+    ),
+    "LMCache's coordinator": (
+        "--coordinator-url",
+        "--coordinator-advertise-ip",
+        "--coordinator-heartbeat-interval",
+        "--coordinator-event-reporting",
+        "--coordinator-event-flush-interval",
+        "--coordinator-event-transport",
+        "--coordinator-kafka-bootstrap-servers",
+        "--coordinator-kafka-topic",
+        "--coordinator-kafka-delivery-timeout",
+        "--coordinator-blend-timeout",
+        "--coordinator-blend-match-concurrency",
+        "--coordinator-l2-event-reporting",
+        "--coordinator-l2-event-flush-interval",
+    ),
+    "an L1 other than host memory": (
+        "--l1-manager",
+        "--l1-devdax-path",
+        "--gds-l1-path",
+        "--gds-l1-use-direct-io",
+        "--gds-l1-backend",
+    ),
+    "placement of the pool": ("--l1-use-hugepages",),
+    "use `write_policy` of a tier": ("--l2-store-policy",),
+    "events": ("--kv-event-log-size",),
+    "records of operations": (
+        "--enable-tracing",
+        "--otlp-endpoint",
+        "--trace-level",
+        "--trace-output",
+        "--lookup-hash-log-dir",
+        "--lookup-hash-log-rotation-interval",
+        "--lookup-hash-log-rotation-max-size",
+        "--lookup-hash-log-max-files",
+    ),
+    "a watch on Python's garbage collector": (
+        "--enable-gc-monitor",
+        "--gc-monitor-min-pause-ms",
+        "--gc-monitor-top-objects",
+    ),
+    "plug-ins are found by entry points": (
+        "--runtime-plugin-locations",
+        "--runtime-plugin-config",
+        "--server-module",
+    ),
+    "scripts over HTTP": ("--script-allowed-imports", "--run-script-api-enabled"),
+    "hybrid models": ("--separate-object-groups",),
+    "optional parts of LMCache's server": ("--enable",),
+}
+
+_OPTION_TAKES: dict[Takes, tuple[str, ...]] = {
+    "values": ("--runtime-plugin-locations", "--script-allowed-imports", "--enable"),
+    "no value": (
+        "--coordinator-event-reporting",
+        "--coordinator-l2-event-reporting",
+        "--disable-grpc-metrics",
+        "--disable-logging",
+        "--disable-metrics",
+        "--disable-observability",
+        "--enable-blend-reorder",
+        "--enable-dedup-content",
+        "--enable-extra-logging",
+        "--enable-gc-monitor",
+        "--enable-segmented-prefix",
+        "--enable-tracing",
+        "--gds-l1-use-direct-io",
+        "--isolated-ipc",
+        "--l1-use-hugepages",
+        "--l1-use-lazy",
+        "--run-script-api-enabled",
+        "--separate-object-groups",
+    ),
+}
+
+
+def _options() -> dict[str, LMCacheOption]:
+    takes = {name: how for how, names in _OPTION_TAKES.items() for name in names}
+
+    def option(name: str, fate: Fate, note: str) -> LMCacheOption:
+        return LMCacheOption(fate, note, takes.get(name, "one value"))
+
+    options = {name: option(name, "same", note) for name, note in _OPTIONS_SAME.items()}
+    options |= {name: option(name, "mapped", target) for name, target in _OPTIONS_MAPPED.items()}
+    for reason, names in _OPTIONS_NOT_NEEDED.items():
+        options |= {name: option(name, "not needed", reason) for name in names}
+    for reason, names in _OPTIONS_NOT_SUPPORTED.items():
+        options |= {name: option(name, "not supported", reason) for name in names}
+    return options
+
+
+LMCACHE_OPTIONS: dict[str, LMCacheOption] = _options()
+"""The options of ``lmcache server``. Those that take no value have a ``--no-`` form too."""
+
+LMCACHE_COMMANDS: dict[str, LMCacheKey] = {
+    "lmcache server": LMCacheKey("mapped", "kvstrata server"),
+    "lmcache ping kvcache": LMCacheKey("mapped", "kvstrata ping"),
+    "lmcache ping engine": LMCacheKey("same", "asks the engine's `/health`"),
+    "lmcache describe kvcache": LMCacheKey("mapped", "kvstrata status"),
+    "lmcache describe engine": LMCacheKey("not supported", "use `lmcache ping engine`"),
+    "lmcache query kvcache": LMCacheKey("mapped", "kvstrata tiers"),
+    "lmcache query engine": LMCacheKey("same", "one request, with its times; no `--documents`"),
+    "lmcache query coordinator": LMCacheKey("not supported", "there is no coordinator"),
+    "lmcache kvcache clear": LMCacheKey("mapped", "kvstrata clear --tier l1 --yes"),
+    "lmcache bench server": LMCacheKey("mapped", "kvstrata bench lookup"),
+    "lmcache bench l2": LMCacheKey("mapped", "kvstrata bench tier"),
+    "lmcache bench engine": LMCacheKey("mapped", "kvstrata bench ttft"),
+    "lmcache coordinator": LMCacheKey(
+        "not supported", "engines share what a tier holds, with nothing between"
+    ),
+    "lmcache quota": LMCacheKey("not supported", "no bound per cache_salt"),
+    "lmcache trace": LMCacheKey("not supported", "see `kvstrata explain`"),
+    "lmcache tool": LMCacheKey("not supported", "see `kvstrata bench --help`"),
+    "lmcache mock": LMCacheKey("not supported", "see `make demo`"),
+    "lmcache_server": LMCacheKey("mapped", "kvstrata remote"),
+    "lmcache_experimental_server": LMCacheKey("mapped", "kvstrata remote"),
+    "lmcache_controller": LMCacheKey("not supported", "see `kvstrata status`, `clear`, `pin` and `warm`"),
+}
+"""The commands that LMCache installs, those of older versions included."""
+
+
+def without_effect(names: Iterable[str], table: Mapping[str, LMCacheKey]) -> str:
+    """Those of ``names`` that are not supported, and those that are not needed, with the reasons; "" if none."""
+    parts = []
+    for fate in ("not supported", "not needed"):
+        named = [
+            f"{name} ({table[name].note})"
+            for name in sorted(names)
+            if table[name].fate == fate and name not in SILENT
+        ]
+        if named:
+            parts.append(f"{fate}: {', '.join(named)}")
+    return "; ".join(parts)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from kvstrata.config.lmcache import LMCACHE_KEYS, SILENT
+from kvstrata.config.lmcache import LMCACHE_KEYS, without_effect
 from kvstrata.config.nearest import nearest
 from kvstrata.config.settings import ALIASES, SETTINGS, Settings
 from kvstrata.config.tiers import tier_configs
@@ -226,13 +226,5 @@ def _check_together(settings: Settings) -> None:
 
 def _name_ignored(ignored: Mapping[str, str]) -> list[str]:
     """One message about all of LMCache's keys that have no effect here."""
-    parts = []
-    for fate in ("not supported", "not needed"):
-        named = [
-            f"{name} ({LMCACHE_KEYS[name].note})"
-            for name in sorted(ignored)
-            if LMCACHE_KEYS[name].fate == fate and name not in SILENT
-        ]
-        if named:
-            parts.append(f"{fate}: {', '.join(named)}")
-    return [f"settings of LMCache without effect here; {'; '.join(parts)}"] if parts else []
+    listed = without_effect(ignored, LMCACHE_KEYS)
+    return [f"settings of LMCache without effect here; {listed}"] if listed else []

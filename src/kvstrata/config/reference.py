@@ -1,4 +1,4 @@
-"""The configuration reference in Markdown, made from the settings tree and LMCache's table."""
+"""The configuration reference in Markdown, made from the settings tree."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from kvstrata import plugins
-from kvstrata.config.lmcache import LMCACHE_KEYS
+from kvstrata.config.markdown import table
 from kvstrata.config.settings import ALIASES, SETTINGS, Setting
 from kvstrata.config.values import SCHEME_KINDS
 
@@ -69,20 +68,13 @@ _LMCACHE = """\
 
 `LMCACHE_*` variables, `lmcache_config.yaml` and `lmcache.*` keys are read as they are. What has no effect
 here is named in one message at start. In LMCache the environment wins over a file; here the file wins.
+What becomes of each key: [Moving from LMCache](migrate-from-lmcache.md).
 """
 
 
 def reference_text() -> str:
     """The whole page."""
-    return "\n".join([_HEAD, _settings(), _TIERS, *_options(), _LMCACHE, _lmcache()])
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        + "\n"
-    )
+    return "\n".join([_HEAD, _settings(), _TIERS, *_options(), _LMCACHE])
 
 
 def _settings() -> str:
@@ -95,7 +87,7 @@ def _settings() -> str:
             setting.meta.description or "",
         )
 
-    return "## Settings\n\n" + _table(("key", "allowed", "default", "meaning"), map(row, SETTINGS.values()))
+    return "## Settings\n\n" + table(("key", "allowed", "default", "meaning"), map(row, SETTINGS.values()))
 
 
 def _value(value: Any) -> str:
@@ -117,8 +109,8 @@ def _options() -> list[str]:
             for field in msgspec.structs.fields(options)
             if field.name != "name"
         ]
-        table = _table(("option", "type", "default", "meaning"), rows)
-        sections.append(f"### `{kind}`\n\nURLs: {urls}\n\n{table}")
+        options_table = table(("option", "type", "default", "meaning"), rows)
+        sections.append(f"### `{kind}`\n\nURLs: {urls}\n\n{options_table}")
     return sections
 
 
@@ -154,13 +146,3 @@ def _docs_in(body: list[ast.stmt]) -> dict[str, str]:
                 case _:
                     pass
     return docs
-
-
-def _lmcache() -> str:
-    def row(name: str) -> tuple[str, ...]:
-        key = LMCACHE_KEYS[name]
-        return f"`{name}`", key.fate, f"`{key.note}`" if key.fate == "mapped" else key.note
-
-    order = ("same", "mapped", "not needed", "not supported")
-    names = sorted(LMCACHE_KEYS, key=lambda name: (order.index(LMCACHE_KEYS[name].fate), name))
-    return _table(("LMCache", "here", "key, difference or reason"), map(row, names))

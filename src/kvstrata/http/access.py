@@ -14,7 +14,7 @@ from kvstrata.errors import ConfigError
 
 MIN_TOKEN_CHARS = 16
 _MAX_TOKEN_BYTES = 4096
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/healthcheck", "/ready"})
 """What anybody may read: probes of an orchestrator carry no token."""
 READING = frozenset({"GET", "HEAD"})
 

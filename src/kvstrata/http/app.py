@@ -102,6 +102,9 @@ def _add_status(app: FastAPI, source: StatusSource) -> None:
         """200 while it serves, 503 when it should be restarted; with the state of every tier."""
         return state()
 
+    # LMCache's name for it: probes of manifests that were written for its server.
+    app.add_api_route("/healthcheck", health, include_in_schema=False)
+
     @app.get("/ready", tags=["status"], response_model=Health, responses=unhealthy)
     async def ready() -> JSONResponse:
         """200 when inference engines can use it. A tier that is down is shown, and gone on without."""

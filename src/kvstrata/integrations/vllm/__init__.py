@@ -8,9 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvstrata.integrations.vllm.connector import KVStrataConnector, LMCacheConnectorV1, LMCacheMPConnector
+    from kvstrata.integrations.vllm.connector import (
+        KVStrataConnector,
+        LMCacheConnectorV1,
+        LMCacheConnectorV1Dynamic,
+        LMCacheMPConnector,
+    )
 
-__all__ = ["KVStrataConnector", "LMCacheConnectorV1", "LMCacheMPConnector"]
+__all__ = ["KVStrataConnector", "LMCacheConnectorV1", "LMCacheConnectorV1Dynamic", "LMCacheMPConnector"]
 
 
 def __getattr__(name: str) -> Any:

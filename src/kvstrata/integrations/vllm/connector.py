@@ -368,6 +368,10 @@ class LMCacheConnectorV1(KVStrataConnector):
     """The name that users of LMCache's in-process mode have in their configuration."""
 
 
+class LMCacheConnectorV1Dynamic(LMCacheConnectorV1):
+    """The same, as LMCache's own package names it for ``kv_connector_module_path``."""
+
+
 class LMCacheMPConnector(KVStrataConnector):
     """The name that users of LMCache's server have in their configuration."""
 

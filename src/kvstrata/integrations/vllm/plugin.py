@@ -1,21 +1,24 @@
 """vLLM's plug-in entry point: makes the connectors known by name in every process of vLLM.
 
-Where the ``lmcache`` package is not installed, its connectors' names, and the modules that its users name in
-``kv_connector_module_path``, lead to ours.
+Where LMCache is not installed, its connectors' names lead to ours. So do the modules that its users name in
+``kv_connector_module_path``: they are those of the drop-in (compat/lmcache), or else made here.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from kvstrata.distributions import DROP_IN, installed_version, lmcache_conflict
+
 _PACKAGE = "kvstrata.integrations.vllm"
 _ORIGIN = "kvstrata"
-_LMCACHE_NAMES = ("LMCacheConnectorV1", "LMCacheMPConnector")
+_LMCACHE_NAMES = ("LMCacheConnectorV1", "LMCacheConnectorV1Dynamic", "LMCacheMPConnector")
 _LMCACHE_MODULES = (
     "lmcache",
     "lmcache.integration",
@@ -23,6 +26,8 @@ _LMCACHE_MODULES = (
     "lmcache.integration.vllm.lmcache_connector_v1",
     "lmcache.integration.vllm.lmcache_mp_connector",
 )
+
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -32,7 +37,12 @@ def register() -> None:
     )
 
     names = ["KVStrataConnector"]
-    if not _has_lmcache():
+    conflict = lmcache_conflict()
+    if conflict is not None:
+        logger.warning("%s", conflict)
+    elif installed_version(DROP_IN) is not None:
+        names += _LMCACHE_NAMES
+    elif not _has_lmcache():
         names += _LMCACHE_NAMES
         _stand_in_for_lmcache()
     for name in names:

@@ -1,0 +1,1 @@
+"""Where inference engines look for LMCache."""

@@ -1,0 +1,1 @@
+"""Where vLLM and its configuration look for LMCache."""

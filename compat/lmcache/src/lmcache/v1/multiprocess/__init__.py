@@ -1,0 +1,1 @@
+"""Where vLLM looks for types of the protocol."""
