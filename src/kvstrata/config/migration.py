@@ -19,77 +19,87 @@ _HEAD = f"""\
 
 <!-- Made by `kvstrata config migration`. Edit src/kvstrata/config/migration.py and lmcache.py instead. -->
 
-Manifests, files, variables and commands that were written for LMCache stay as they are. What is compared with here is
-LMCache {LMCACHE_VERSION}. Tests run the configurations of its guides with a real vLLM (`tests/compat`).
+Manifests, files, variables and commands that were written for LMCache stay as they are. What is compared with
+here is LMCache {LMCACHE_VERSION}. Tests run the configurations of its guides with a real vLLM
+(`tests/compat`).
 
 ## What to install
 
-| you have | install | because |
-|---|---|---|
-| `LMCACHE_*` variables or `lmcache_config.yaml`, `LMCacheConnectorV1` or `LMCacheMPConnector` | `kvstrata` | its plug-in of vLLM takes these names where LMCache is not installed |
-| the commands `lmcache ...`, `lmcache_server`, `lmcache_experimental_server` | and `kvstrata-lmcache` | it installs them |
-| programs that import `lmcache`, or `VLLM_PLUGINS` without `kvstrata` | and `kvstrata-lmcache` | it provides the package |
+| you have | install |
+|---|---|
+| `LMCACHE_*` variables, `lmcache_config.yaml`, `LMCacheConnectorV1`, `LMCacheMPConnector` | `kvstrata` |
+| the commands `lmcache ...`, `lmcache_server`, `lmcache_experimental_server` | and `kvstrata-lmcache` |
+| programs that import `lmcache`; `VLLM_PLUGINS` without `kvstrata` | and `kvstrata-lmcache` |
 
-`kvstrata-lmcache` lies in `compat/lmcache` of the repository. It and LMCache have the same files: `import lmcache`, the
-commands and `kvstrata doctor` say so in one line when both are installed.
+`kvstrata-lmcache` lies in `compat/lmcache` of the repository. It and LMCache have the same files:
+`import lmcache`, the commands and `kvstrata doctor` say so in one line when both are installed.
 
 ## Switch
 
-1. See what becomes of the configuration: `kvstrata config check lmcache_config.yaml`, or with the variables set
-   `kvstrata config show`. What has no effect is named; a value that is not possible is an error that says what is.
-2. In vLLM's image, instead of LMCache: `pip uninstall lmcache`, `pip install kvstrata kvstrata-lmcache`. The same for the
-   image of the server.
+1. See what becomes of the configuration: `kvstrata config check lmcache_config.yaml`, or with the variables
+   set `kvstrata config show`. What has no effect is named; a value that is not possible is an error that says
+   what is.
+2. In vLLM's image, instead of LMCache: `pip uninstall lmcache`, `pip install kvstrata kvstrata-lmcache`. The
+   same for the image of the server.
 3. Start the servers and vLLM as before. The cache is empty at first: nothing that LMCache stored is read.
 
 ## Check
 
-1. `kvstrata doctor --config lmcache_config.yaml`: are machine, configuration and remote fit, which package provides `lmcache`?
+1. `kvstrata doctor --config lmcache_config.yaml`: are machine, configuration and remote fit, which package
+   provides `lmcache`?
 2. `lmcache ping kvcache --url http://HOST:8080` (or `kvstrata ping`), for a server.
-3. Send a prompt twice. vLLM's log says of the first `Stored ... tokens`, of the second `Retrieved ... tokens`, and
-   `Reqid: ..., Total tokens ..., KVStrata hit tokens: ..., need to load: ...` of both. A warning that begins with
-   "settings of LMCache without effect here" names what was read and is not used.
-4. `kvstrata keys count --tier redis://HOST:6379`, `kvstrata status`, and `/metrics` of the server and of vLLM.
+3. Send a prompt twice. vLLM's log says of the first `Stored ... tokens`, of the second
+   `Retrieved ... tokens`, and `Reqid: ..., Total tokens ..., KVStrata hit tokens: ..., need to load: ...` of
+   both. A warning that begins with "settings of LMCache without effect here" names what was read and is not
+   used.
+4. `kvstrata keys count --tier redis://HOST:6379`, `kvstrata status`, and `/metrics` of the server and of
+   vLLM.
 
 ## Go back
 
-`pip uninstall kvstrata kvstrata-lmcache`, `pip install lmcache`, start again. Both can use one Redis meanwhile: their keys
-differ, and each ignores what the other wrote. `kvstrata keys delete vllm@ --tier redis://HOST:6379` removes ours;
-`allkeys-lru` or a TTL does it in time.
+`pip uninstall kvstrata kvstrata-lmcache`, `pip install lmcache`, start again. Both can use one Redis
+meanwhile: their keys differ, and each ignores what the other wrote.
+`kvstrata keys delete vllm@ --tier redis://HOST:6379` removes ours; `allkeys-lru` or a TTL does it in time.
 
 ## What differs
 
-- **A file wins over variables.** LMCache's documentation says so too; version {LMCACHE_VERSION} does the opposite.
+- **A file wins over variables.** In LMCache {LMCACHE_VERSION} it is the other way round.
 - **Wrong values are errors at start.** LMCache takes some for false or for the default, with a warning.
-- **In-process mode has a process.** `LMCacheConnectorV1` starts a private cache server that ends with vLLM; L1 is its shared memory.
-- **The ends of prompts are stored**, so a prompt of 50 tokens hits 49 with chunks of 256. A chunk size that is no
-  multiple of vLLM's block size is rounded up, and the log says so.
-- **The HTTP API wants a token** when it can be reached from elsewhere: `lmcache server --http-host 0.0.0.0` needs
-  `--http-token-file FILE` (or `KVSTRATA_HTTP_TOKEN_FILE`). Probes need none: `/health`, `/healthcheck`, `/ready`. The
-  other paths are [ours](operations.md).
-- **Memory is bounded.** `lmcache_server` keeps 5 GiB (`--max-size-gb`), least recently used out first; LMCache's grows.
-- **Metrics have our names**; rules for Prometheus record some of LMCache's ([metrics](metrics.md), `deploy/prometheus`).
+- **In-process mode has a process.** `LMCacheConnectorV1` starts a private cache server that ends with vLLM;
+  L1 is its shared memory.
+- **The ends of prompts are stored**, so a prompt of 50 tokens hits 49 with chunks of 256. A chunk size that
+  is no multiple of vLLM's block size is rounded up, and the log says so.
+- **The HTTP API wants a token** when it can be reached from elsewhere: `lmcache server --http-host 0.0.0.0`
+  needs `--http-token-file FILE` (or `KVSTRATA_HTTP_TOKEN_FILE`). Probes need none: `/health`, `/healthcheck`,
+  `/ready`. The other paths are [ours](operations.md).
+- **Memory is bounded.** `lmcache_server` keeps 5 GiB (`--max-size-gb`), least recently used out first;
+  LMCache's grows.
+- **Metrics have our names**; rules for Prometheus record some of LMCache's ([metrics](metrics.md),
+  `deploy/prometheus`).
 - **No telemetry.**
 
-Not there at all: reuse of text that is no prefix, disaggregated prefill, transfer between instances other than through a
-shared tier, the controller and the coordinator. Their settings are named in the log and change nothing; their commands end with
-one line. Hybrid, Mamba and sliding-window models are served without cache.
+Not there at all: reuse of text that is no prefix, disaggregated prefill, transfer between instances other
+than through a shared tier, the controller and the coordinator. Their settings are named in the log and change
+nothing; their commands end with one line. Hybrid, Mamba and sliding-window models are served without cache.
 """
 
 _SETTINGS = """\
 ## Settings
 
-Of the file and `kv_connector_extra_config` (there after `lmcache.`), and as variables: `LMCACHE_` and the key in capitals.
+Of the file and `kv_connector_extra_config` (there after `lmcache.`), and as variables: `LMCACHE_` and the key
+in capitals.
 """
 
 _OPTIONS = """\
 ## Options of `lmcache server`
 
-`kvstrata server`'s own options may be given as well. Options without effect are named in one line; an option that neither
-has ends with one.
+`kvstrata server`'s own options may be given as well. Options without effect are named in one line; an option
+that neither has ends with one.
 """
 
 _ADAPTERS = """\
-`--l2-adapter` may be given again, and makes one tier each; another `type`, or a `serde`, is refused (give `tiers` in a file):
+`--l2-adapter` may be given again, and makes one tier each; another `type`, or a `serde`, is refused (give
+`tiers` in a file):
 
 | `type` | tier |
 |---|---|
@@ -101,16 +111,17 @@ _ADAPTERS = """\
 _COMMANDS = """\
 ## Commands
 
-Each takes the options of the command that it becomes; LMCache's `--url`, `--format json`, `--output` and `-q` work for those
-that ask a server.
+Each takes the options of the command that it becomes; LMCache's `--url`, `--format json`, `--output` and `-q`
+work for those that ask a server.
 """
 
 _IMPORTS = """\
 ## Imports
 
-`lmcache.__version__`, the connectors in `lmcache.integration.vllm.lmcache_connector_v1` and `lmcache_mp_connector`, what vLLM's
-own modules import (`vllm_v1_adapter` and others), and `ENGINE_NAME` with `LMCacheEngineBuilder.destroy`, which programs
-call when they end. Everything else raises an ImportError that says so in one line.
+`lmcache.__version__`, the connectors in `lmcache.integration.vllm.lmcache_connector_v1` and
+`lmcache_mp_connector`, what vLLM's own modules import (`vllm_v1_adapter` and others), and `ENGINE_NAME` with
+`LMCacheEngineBuilder.destroy`, which programs call when they end. Everything else raises an ImportError that
+says so in one line.
 """
 
 
