@@ -183,7 +183,8 @@ def check_two_requests(configuration: Configuration, vllm: VLLMServer, drop_in: 
 
     wait_for(hits)
     check_log(vllm, configuration)
-    asked = _run(drop_in, "lmcache", "query", "engine", "--url", vllm.url, "--prompt", "Hello", "-q")
+    question = ("--prompt", "Hello", "--max-tokens", "4", "-q")
+    asked = _run(drop_in, "lmcache", "query", "engine", "--url", vllm.url, *question)
     assert asked.returncode == 0, asked.stderr
 
 
