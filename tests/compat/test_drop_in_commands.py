@@ -101,7 +101,17 @@ def server(drop_in: DropIn, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     directory = tmp_path_factory.mktemp("server")
     (directory / "l2").mkdir()
     adapter = {"type": "fs", "base_path": str(directory / "l2"), "max_capacity_gb": 1, "num_workers": 4}
-    more = ["--no-l1-use-lazy", "--max-workers", "2", "--engine-type", "blend", "--enable", "transfer_query"]
+    more = [
+        "--no-l1-use-lazy",
+        "--transport",
+        "zmq",
+        "--max-workers",
+        "2",
+        "--engine-type",
+        "blend",
+        "--enable",
+        "transfer_query",
+    ]
     more += ["--l2-adapter", json.dumps(adapter), "--log-level", "debug", "--json"]
     http_port = free_port()
     with lmcache_server(drop_in, directory, free_port(), http_port, *more) as process:

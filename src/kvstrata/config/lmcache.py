@@ -30,6 +30,8 @@ class LMCacheOption(LMCacheKey, frozen=True):
     """One option of ``lmcache server``."""
 
     takes: Takes = "one value"
+    harmless: str = ""
+    """The value with which it asks for nothing that is missing here."""
 
 
 _SAME: dict[str, str] = {
@@ -364,11 +366,14 @@ _OPTION_TAKES: dict[Takes, tuple[str, ...]] = {
 }
 
 
+_HARMLESS = {"--engine-type": "default", "--l2-store-policy": "default", "--transport": "zmq"}
+
+
 def _options() -> dict[str, LMCacheOption]:
     takes = {name: how for how, names in _OPTION_TAKES.items() for name in names}
 
     def option(name: str, fate: Fate, note: str) -> LMCacheOption:
-        return LMCacheOption(fate, note, takes.get(name, "one value"))
+        return LMCacheOption(fate, note, takes.get(name, "one value"), _HARMLESS.get(name, ""))
 
     options = {name: option(name, "same", note) for name, note in _OPTIONS_SAME.items()}
     options |= {name: option(name, "mapped", target) for name, target in _OPTIONS_MAPPED.items()}

@@ -30,7 +30,7 @@ def server_arguments(given: list[str]) -> list[str]:
         parser.add_argument(name, dest=name, **_KINDS[option.takes])
     known, ours = parser.parse_known_args(given)
     options: dict[str, Any] = vars(known)
-    listed = without_effect([name for name in options if not _is_false(options[name])], LMCACHE_OPTIONS)
+    listed = without_effect([name for name in options if _asks(name, options[name])], LMCACHE_OPTIONS)
     if listed:
         print(f"lmcache server: options without effect here; {listed}", file=sys.stderr)
     tiers: list[dict[str, Any]] = []
@@ -44,5 +44,6 @@ def server_arguments(given: list[str]) -> list[str]:
     return [*arguments, *(["--set", f"tiers={json.dumps(tiers)}"] if tiers else []), *ours]
 
 
-def _is_false(value: Any) -> bool:
-    return value is False or value == []
+def _asks(name: str, value: Any) -> bool:
+    """Whether an option asks for something: it is not switched off, empty, or what happens anyway."""
+    return value not in (False, [], [LMCACHE_OPTIONS[name].harmless])
