@@ -141,7 +141,7 @@ def test_it_shows_what_the_server_does(
         wait_for(page, "#entries tbody tr")
         wait_for(page, "#prefixes tbody tr", "org/model")
         expect(page.locator("#tiles .tile", has_text="Look-ups").locator("dd").first).to_contain_text("/s")
-        assert page.locator("#requests .tokens").count() == 15
+        expect(page.locator("#requests .tokens")).to_have_count(15, timeout=PATIENCE_MS)
         meter = page.get_by_role("meter", name="l1: used of its budget")
         assert float(meter.get_attribute("aria-valuenow") or 0) > 0
         explained = page.locator("#requests details").nth(1)
@@ -151,6 +151,7 @@ def test_it_shows_what_the_server_does(
             assert "Latest: " in (page.locator(f"#chart-{name} .plot").get_attribute("aria-label") or "")
             assert painted(page, f"#chart-{name} canvas")
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        assert too_small_to_touch(page) == []
         assert_accessible(page)
         name = f"{'phone' if viewport is PHONE else 'desktop'}-{scheme}.png"
         page.screenshot(path=SCREENSHOTS / name, full_page=True)
@@ -168,6 +169,16 @@ def painted(page: Page, canvas: str) -> bool:
             canvas,
         )
     )
+
+
+def too_small_to_touch(page: Page) -> list[str]:
+    """Controls of less than 24 by 24 pixels (WCAG 2.2, 2.5.8)."""
+    found: list[str] = page.evaluate(
+        """() => [...document.querySelectorAll("main :is(button, input, select, summary)")]
+            .filter((each) => each.getBoundingClientRect().width < 24 || each.getBoundingClientRect().height < 24)
+            .map((each) => each.outerHTML)"""
+    )
+    return found
 
 
 def test_before_anything_has_happened(browser: Browser, quiet: Served) -> None:
@@ -218,6 +229,34 @@ def test_markup_cannot_be_made_from_strings(browser: Browser, quiet: Served) -> 
             }"""
         )
         assert refused == "TypeError"
+
+
+def test_figures_have_units(browser: Browser, quiet: Served) -> None:
+    wanted = {
+        "bytes": {0: "0 B", 1023: "1023 B", 1024: "1 KiB", 1536: "1.5 KiB", 10 * 2**40: "10 TiB"},
+        "amount": {0: "0", 999: "999", 999.9: "1 k", 12_345: "12.3 k", 4_560_000: "4.56 M"},
+        "count": {0: "0", 1_234_567: "1,234,567"},
+        "percent": {0: "0 %", 0.456: "45.6 %", 0.99999: "100 %", 1: "100 %"},
+        "duration": {
+            0.0002: "0.2 ms",
+            0.25: "250 ms",
+            59: "59 s",
+            200: "3 min 20 s",
+            3600: "1 h",
+            7500: "2 h 5 min",
+            273_600: "3 d 4 h",
+        },
+    }
+    asked = [(name, number, text) for name, pairs in wanted.items() for number, text in pairs.items()]
+    with opened(browser, quiet.api.url) as page:
+        told = page.evaluate(
+            """async (asked) => {
+                const format = await import("./assets/format.js");
+                return asked.map(([name, number]) => [name, number, format[name](number)]);
+            }""",
+            asked,
+        )
+        assert [tuple(each) for each in told] == asked
 
 
 # What it does
@@ -320,6 +359,8 @@ def test_with_a_token_for_reads_it_says_so(browser: Browser, tmp_path: Path) -> 
     ):
         wait_for(page, "#status", "Token wanted")
         wait_for(page, "#notices", "shows its figures only with its token")
+        expect(page.locator("#h-tiers")).to_be_hidden()
+        expect(page.locator("#links")).to_be_hidden()
         assert_accessible(page)
         page.screenshot(path=SCREENSHOTS / "token.png")
         page.get_by_role("button", name="Enter the token").click()
@@ -331,6 +372,7 @@ def test_with_a_token_for_reads_it_says_so(browser: Browser, tmp_path: Path) -> 
         page.get_by_role("button", name="Token: given").click()
         page.get_by_role("button", name="Forget it").click()
         wait_for(page, "#status", "Token wanted")
+        expect(page.locator("#h-tiers")).to_be_hidden()
         assert page.evaluate("sessionStorage.length") == 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from kvstrata.client import RemoteClient
 from kvstrata.client.base import Client
 from kvstrata.testing.client import Prompt, fill, make_tokens, wait_lookup
-from kvstrata.types import Namespace
+from kvstrata.types import Hit, Namespace
 
 PREFILL_TOKENS_PER_SECOND = 3000
 
@@ -28,9 +28,8 @@ class Conversations:
         self._random = random.Random(seed)
         self._systems = [make_tokens(4 * turn_tokens, seed + each) for each in range(3)]
         self._open: list[list[int]] = []
-        self.num_turns = 0
 
-    def turn(self, request_id: str | None = None) -> Prompt:
+    def turn(self, request_id: str | None = None) -> None:
         """One request, as a connector makes it: look up, copy what is held, compute and store the rest."""
         if len(self._open) < 8 or self._random.random() < 0.2:
             self._open = [*self._open[-7:], list(self._random.choice(self._systems))]
@@ -38,11 +37,10 @@ class Conversations:
         added = self._random.randrange(self._turn_tokens, 3 * self._turn_tokens)
         tokens += [self._random.randrange(50_000) for _ in range(added)]
         asked = Prompt(tokens, self._namespace)
-        self.num_turns += 1
         request_id = request_id or f"chatcmpl-{self._random.getrandbits(64):016x}"
         hit = wait_lookup(self._client, request_id, asked)
         if hit.num_tokens:
-            self._load(request_id, asked, hit.num_tokens)
+            self._load(request_id, hit)
         num_computed = len(asked) - hit.num_tokens
         if num_computed:
             self._client.report_prefill(
@@ -50,15 +48,13 @@ class Conversations:
             )
             self._store(asked)
         self._client.release(request_id)
-        return asked
 
-    def _load(self, request_id: str, asked: Prompt, num_tokens: int) -> None:
-        hit = wait_lookup(self._client, request_id, asked)
+    def _load(self, request_id: str, hit: Hit) -> None:
         started = time.perf_counter()
-        payloads = self._client.payloads(request_id, 0, hit, self._namespace) or []
+        payloads = self._client.payloads(request_id, 0, hit, self._namespace)
+        assert payloads is not None
         num_bytes = sum(len(bytes(payload)) for payload in payloads)
         self._client.report_move(num_bytes, time.perf_counter() - started, is_store=False)
-        assert hit.num_tokens == num_tokens
 
     def _store(self, asked: Prompt) -> None:
         started = time.perf_counter()

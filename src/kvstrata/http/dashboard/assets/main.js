@@ -34,6 +34,7 @@ let lookupsShown = null;
 
 async function once() {
   const [state, stats] = await Promise.all([health(), get("stats")]);
+  byId("main").setAttribute("aria-busy", "false");
   know(["l1", ...stats.tiers.map((tier) => tier.name)]);
   history.add(stats);
   showTiles(history, stats);
@@ -42,7 +43,6 @@ async function once() {
   await Promise.all([slowly(), requests(stats)]);
   showState(state, stats);
   notify(findings(state, stats, runtime, history.since(MINUTE)));
-  byId("main").setAttribute("aria-busy", "false");
   answeredAt = Date.now() / 1000;
   if (!wasSearched()) await search();
 }
@@ -84,6 +84,8 @@ function failed(error) {
   status.dataset.kind = "bad";
   if (error.status === 401) {
     say(status, "Token wanted");
+    byId("main").setAttribute("aria-busy", "true");
+    byId("links").hidden = true; // a link carries no token
     const why = "This server shows its figures only with its token.";
     notify([["warn", why, { says: "Enter the token", does: () => askToken(why, null) }]]);
   } else if (error.status === 0) {

@@ -37,7 +37,7 @@ export function findings(health, stats, runtime, lately) {
   if (stats.l1.used_bytes > stats.l1.budget_bytes) {
     found.push(["warn", `L1 uses ${bytes(stats.l1.used_bytes)}, more than its budget of ${bytes(stats.l1.budget_bytes)}, until what is in use is given back.`]);
   }
-  if (lately?.dropped > 0) found.push(["warn", `${count(lately.dropped)} stores were dropped in the last minute: L1 had no room, or a tier could not keep up.`]);
+  if (lately?.dropped > 0) found.push(["warn", `${count(lately.dropped)} stores were dropped in the last minute: L1 had no room, or a tier was away or could not keep up.`]);
   if (lately?.faults > 0) found.push(["warn", `Tiers failed ${count(lately.faults)} times in the last minute.`]);
   return found;
 }

@@ -31,6 +31,7 @@ export function startToken(changed) {
     afterwards = null;
   });
   label();
+  if (token.get()) byId("links").hidden = true; // a link carries no token
 }
 
 /** Open the dialog. `then` is called once a token was given. */
