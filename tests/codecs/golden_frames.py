@@ -14,7 +14,9 @@ from pathlib import Path
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, prepare
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.codecs.open import Decoders, open_codec
+from kvstrata.codecs.pages import ELEMENTS
 from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES, FrameHeader
+from kvstrata.testing.codec import page_format
 from kvstrata.types import KVLayout
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,10 +30,17 @@ def payload_of(name: str) -> bytes:
 
 
 def transfer(name: str) -> Transfer:
-    """Two blocks of 16 tokens in two layers, into an empty slot."""
+    """Two blocks of 16 tokens in two layers, into an empty slot. Where elements are floats, pages have one head."""
     size = len(payload_of(name))
+    dtype = DTYPES[name]
     layout = KVLayout(
-        block_size=16, page_bytes=(size // 4, size // 4), dtype=DTYPES[name], kernel_format="golden"
+        block_size=16,
+        page_bytes=(size // 4, size // 4),
+        dtype=dtype,
+        kernel_format="golden",
+        pages=page_format("heads", 16, 1, size // 128 // ELEMENTS[dtype].itemsize)
+        if dtype in ELEMENTS
+        else "",
     )
     expected = FrameHeader(
         shard=1,

@@ -21,10 +21,14 @@ from kvstrata.codecs.base import Codec, PayloadDescription
 from kvstrata.codecs.open import open_codec
 from kvstrata.errors import ConfigError, KVStrataError
 
-_CHAINS = ("floats+aesgcm",)
+_MORE = ("cachegen:high", "cachegen:low", "floats+aesgcm")
 _TARGETS = {
     "lossless_size": Target(at_least=1.4),
     "lossless_decode_gb_per_second": Target(at_least=0.5),
+    "cachegen_size": Target(at_least=4.5),
+    "cachegen_decode_gb_per_second": Target(at_least=0.15),
+    "cachegen:high_size": Target(at_least=3),
+    "cachegen:high_decode_gb_per_second": Target(at_least=0.15),
 }
 THREADS = (1, 2)
 _COLUMNS = (
@@ -43,7 +47,7 @@ class CodecBenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure."""
 
     codecs: tuple[str, ...] = ()
-    """Spellings; by default all that are installed, and encryption of the best lossless one."""
+    """Spellings; by default all that are installed, other levels, and encryption of the best lossless one."""
     chunks: int = 4
     """Passages of 256 tokens."""
     cache_dir: str = ".cache"
@@ -94,7 +98,7 @@ def run(
         key_file = Path(directory) / "keys"
         key_file.touch(mode=0o600)
         key_file.write_text(secrets.token_hex(32))
-        for spelling in config.codecs or (*plugins.names("codecs"), *_CHAINS):
+        for spelling in config.codecs or (*plugins.names("codecs"), *_MORE):
             progress(spelling)
             try:
                 measured[spelling] = _measure(

@@ -99,6 +99,48 @@ def codec(
     return _show(run(config, _progress), as_json, strict=strict)
 
 
+@app.command("quality", epilog="Example: kvstrata bench quality --codec cachegen:high --passages 10")
+def quality(
+    *,
+    codecs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--codec",
+            metavar="CODEC",
+            help="As in remote_serde; may be given again. Default: all but encryption.",
+        ),
+    ] = None,
+    passages: Annotated[int | None, typer.Option(min=1, help="Passages of 1,000 to 3,000 tokens.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="4 passages: a first impression.")] = False,
+    rest_tokens: Annotated[int | None, typer.Option(min=2, max=900, help="Tokens to predict.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model.")] = None,
+    svg: Annotated[str | None, typer.Option(metavar="FILE", help="Draw size against loss.")] = None,
+    as_json: Json = None,
+    strict: Strict = False,
+) -> int:
+    """Measure what codecs do to a real model's predictions, against the KV as it was.
+
+    Needs torch and the demo extra. Each passage takes seconds, and again some for each codec.
+    """
+    from kvstrata.bench.quality import QualityConfig, drawing, run  # noqa: PLC0415
+
+    config = _config(
+        QualityConfig,
+        codecs=codecs,
+        passages=passages or (4 if quick else None),
+        rest_tokens=rest_tokens,
+        model=model,
+        cache_dir=cache_dir,
+    )
+    report = run(config, _progress)
+    if svg is not None:
+        Path(svg).write_text(drawing(report))
+    return _show(report, as_json, strict=strict)
+
+
 @app.command("tier", epilog="Example: kvstrata bench tier redis://127.0.0.1:6379")
 def tier(
     url: Annotated[str, typer.Argument(metavar="URL", help="redis://HOST:PORT, disk:///DIR ...")],

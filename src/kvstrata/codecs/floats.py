@@ -15,20 +15,7 @@ import numpy as np
 import zstandard
 
 from kvstrata.codecs.planes import BLOCK_ELEMENTS, Plane, PlaneCodec, merge_pairs, merge_planes, split_planes
-from kvstrata.codecs.zstd import zstd_unpack
-
-# The fast strategy with the smallest table and the longest minimum: finds nothing, and takes no time over it.
-# A target length above 0 would turn off the Huffman coder.
-_HUFFMAN_ONLY = zstandard.ZstdCompressionParameters(
-    window_log=17,
-    strategy=zstandard.STRATEGY_FAST,
-    min_match=7,
-    hash_log=6,
-    chain_log=6,
-    search_log=1,
-    target_length=0,
-    write_content_size=True,
-)
+from kvstrata.codecs.zstd import HUFFMAN_ONLY, zstd_unpack
 
 
 class FloatsCodec(PlaneCodec):
@@ -40,7 +27,7 @@ class FloatsCodec(PlaneCodec):
         return plane == element_bytes - 1
 
     def pack(self, plane: Plane) -> bytes:
-        return zstandard.ZstdCompressor(compression_params=_HUFFMAN_ONLY).compress(plane.data)
+        return zstandard.ZstdCompressor(compression_params=HUFFMAN_ONLY).compress(plane.data)
 
     def unpack(self, packed: memoryview, plane_bytes: int) -> bytes:
         return zstd_unpack(self.name, packed, plane_bytes)

@@ -13,6 +13,19 @@ from kvstrata.codecs.planes import Plane, PlaneCodec
 _MAX_WINDOW_BYTES = 1 << 23
 """What decoding a frame may allocate for its window; levels up to 19 stay within it."""
 
+# The fast strategy with the smallest table and the longest minimum: finds nothing, and takes no time over it.
+# A target length above 0 would turn off the Huffman coder.
+HUFFMAN_ONLY = zstandard.ZstdCompressionParameters(
+    window_log=17,
+    strategy=zstandard.STRATEGY_FAST,
+    min_match=7,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    target_length=0,
+    write_content_size=True,
+)
+
 
 class ZstdOptions(CodecOptions, frozen=True):
     """Settings of ``zstd``."""

@@ -1,0 +1,100 @@
+"""Plots as SVG, made of text: two kinds, no library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+import msgspec
+
+_WIDTH, _HEIGHT = 720, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 40, 52
+_COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#b9770e", "#34495e", "#d35480", "#117a8b")
+
+
+class Point(msgspec.Struct, frozen=True):
+    """A point with a name, and an interval above and below it."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+class Axis(msgspec.Struct, frozen=True):
+    """One axis: what it shows, and from where to where."""
+
+    label: str
+    low: float
+    high: float
+
+    def ticks(self) -> list[float]:
+        """Round values within it, some five of them."""
+        rough = (self.high - self.low) / 5
+        power = 10 ** math.floor(math.log10(rough))
+        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+        first = math.ceil(self.low / step - 1e-9)
+        return [round(number * step, 10) for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def axis_over(label: str, values: Sequence[float]) -> Axis:
+    """An axis with zero and all of ``values`` on it, and some room."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    room = 0.06 * (high - low or 1.0)
+    return Axis(label, low - room if low < 0 else 0.0, high + room)
+
+
+def scatter(title: str, points: Sequence[Point], x: str, y: str) -> str:
+    """Named points with intervals, as an SVG document."""
+    across = axis_over(x, [point.x for point in points])
+    up = axis_over(y, [value for point in points for value in (point.low, point.high, point.y)])
+    marks = []
+    for index, point in enumerate(points):
+        colour = _COLOURS[index % len(_COLOURS)]
+        at, low, high = _x(across, point.x), _y(up, point.low), _y(up, point.high)
+        bars = f"M{at:.1f} {low:.1f}V{high:.1f}M{at - 4:.1f} {low:.1f}h8M{at - 4:.1f} {high:.1f}h8"
+        marks += [
+            f'<path d="{bars}" stroke="{colour}" fill="none"/>',
+            f'<circle cx="{at:.1f}" cy="{_y(up, point.y):.1f}" r="4" fill="{colour}"/>',
+            f'<text x="{at + 8:.1f}" y="{_y(up, point.y) - 6:.1f}" fill="{colour}">{escape(point.name)}</text>',
+        ]
+    return _document(title, across, up, marks)
+
+
+def _x(axis: Axis, value: float) -> float:
+    return _LEFT + (value - axis.low) / (axis.high - axis.low) * (_WIDTH - _LEFT - _RIGHT)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return _HEIGHT - _BOTTOM - (value - axis.low) / (axis.high - axis.low) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _document(title: str, across: Axis, up: Axis, marks: Sequence[str]) -> str:
+    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    frame = [f'<text x="{_LEFT}" y="22" font-size="15">{escape(title)}</text>']
+    for value in up.ticks():
+        height = _y(up, value)
+        frame.append(f'<path d="M{_LEFT} {height:.1f}H{right}" stroke="{"#888" if value == 0 else "#ddd"}"/>')
+        frame.append(f'<text x="{_LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in across.ticks():
+        at = _x(across, value)
+        frame.append(f'<path d="M{at:.1f} {bottom}v5" stroke="#888"/>')
+        frame.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{value:g}</text>')
+    middle = (_TOP + bottom) / 2
+    frame += [
+        f'<path d="M{_LEFT} {bottom}H{right}" stroke="#888"/>',
+        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{escape(across.label)}</text>',
+        f'<g transform="rotate(-90 16 {middle})">',
+        f'<text x="16" y="{middle}" text-anchor="middle">{escape(up.label)}</text></g>',
+    ]
+    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box}>',
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        *frame,
+        *marks,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,231 @@
+"""``cachegen``: what it keeps, what it does not, and what it makes of odd payloads."""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstrata.codecs.base import Codec, PayloadDescription
+from kvstrata.codecs.cachegen import LEVELS, CacheGenCodec, CacheGenOptions
+from kvstrata.codecs.open import open_codec
+from kvstrata.codecs.pages import ELEMENTS, from_float32, kv_shape, pack, to_float32, unpack, why_opaque
+from kvstrata.errors import ConfigError, FrameError
+from kvstrata.testing.codec import PAGE_ORDERS, CodecContract, describe_kv, describe_payload
+from kvstrata.types import MissReason
+
+LEVEL_NAMES = [*LEVELS]
+
+
+def numbers_of(payload: bytes, what: PayloadDescription) -> np.ndarray:
+    """Layers x 2 x tokens x heads x dims, as float64."""
+    kv = unpack(memoryview(payload), what)
+    return to_float32(kv, what.dtype).astype(np.float64)
+
+
+def payload_of(numbers: np.ndarray, what: PayloadDescription) -> bytes:
+    payload = bytearray(what.payload_bytes)
+    pack(from_float32(np.ascontiguousarray(numbers, np.float32), what.dtype), what, memoryview(payload))
+    return bytes(payload)
+
+
+def normal(what: PayloadDescription, seed: int = 0) -> np.ndarray:
+    """As KV is: channels with means and spreads of their own, some of them moving slowly along the tokens."""
+    source = np.random.default_rng(seed)
+    shape = kv_shape(what)
+    channels = (shape[0], 2, 1, *shape[3:])
+    spreads = np.exp(source.normal(size=channels))
+    values = source.normal(size=shape)
+    slow = values.cumsum(axis=2) / 4
+    return source.normal(size=channels) + spreads * np.where(source.random(channels) < 0.3, slow, values)
+
+
+def round_trip(codec: Codec, payload: bytes, what: PayloadDescription) -> tuple[bytes, int]:
+    into = bytearray(codec.max_encoded_bytes(what))
+    size = codec.encode(memoryview(payload), what, memoryview(into))
+    decoded = bytearray(b"\xa5" * what.payload_bytes)
+    codec.decode(memoryview(into)[:size], what, codec.parameters, memoryview(decoded))
+    return bytes(decoded), size
+
+
+def check_close(codec: CacheGenCodec, payload: bytes, decoded: bytes, what: PayloadDescription) -> None:
+    """No number is further off than half a step and the rounding of its type; the first token is as it was."""
+    before, after = numbers_of(payload, what), numbers_of(decoded, what)
+    if not np.isfinite(before).all():
+        assert decoded == payload
+        return
+    first = int(what.first_token == 0)
+    assert np.array_equal(before[:, :, :first], after[:, :, :first])
+    rest = before[:, :, first:]
+    if not rest.size:
+        return
+    heads = rest.std(axis=2, keepdims=True) ** 2
+    spread = np.sqrt(heads.mean(axis=4, keepdims=True))
+    widest = (rest.max(2, keepdims=True) - rest.min(2, keepdims=True)).max(4, keepdims=True)
+    farthest = np.abs(rest).max(axis=(2, 4), keepdims=True)
+    share = max(max(of) for of in msgspec.structs.astuple(LEVELS[codec.parameters.partition(",")[2]]))
+    step = np.maximum(share * spread, np.maximum(widest / 127, farthest / 32_000))
+    precision = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-20}[what.dtype]
+    allowed = 0.51 * step + 1.5 * precision * farthest + 1e-37
+    assert (np.abs(after[:, :, first:] - rest) <= allowed).all()
+
+
+class TestCacheGenContract(CodecContract):
+    """Payloads of the contract unpack where their sizes allow it; others are stored as they are."""
+
+    def make_codec(self) -> Codec:
+        return CacheGenCodec()
+
+    def describe(
+        self, payload_bytes: int, dtype: str = "bfloat16", num_layers: int = 1
+    ) -> PayloadDescription:
+        width = ELEMENTS[dtype].itemsize if dtype in ELEMENTS else 1
+        dims, rest = divmod(payload_bytes, num_layers * 2 * 16 * width)
+        if rest or not dims or dtype not in ELEMENTS:
+            return describe_payload(payload_bytes, dtype, num_layers)
+        return describe_kv(16, dtype, block_size=16, layers=num_layers, heads=1, dims=dims)
+
+    def check_equal(self, decoded: bytes, payload: bytes) -> None:
+        assert len(decoded) == len(payload)  # how close it is, is checked below
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    level=st.sampled_from(LEVEL_NAMES),
+    order=st.sampled_from(PAGE_ORDERS),
+    dtype=st.sampled_from([*ELEMENTS]),
+    num_tokens=st.integers(1, 130),
+    layers=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    first_token=st.sampled_from([0, 64]),
+    seed=st.integers(0, 1000),
+)
+def test_what_comes_back_is_within_half_a_step(
+    level: str, order: str, dtype: str, num_tokens: int, layers: int, heads: int, first_token: int, seed: int
+) -> None:
+    """Tails and single tokens, every order of a page, every type."""
+    what = describe_kv(num_tokens, dtype, order=order, layers=layers, heads=heads, dims=8)
+    what = msgspec.structs.replace(what, first_token=first_token)
+    codec = CacheGenCodec(CacheGenOptions(level=level))
+    payload = payload_of(normal(what, seed), what)
+    decoded, size = round_trip(codec, payload, what)
+    assert size <= what.payload_bytes
+    check_close(codec, payload, decoded, what)
+
+
+@pytest.mark.parametrize("dtype", [*ELEMENTS])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3, 1e4])
+def test_numbers_of_any_size(dtype: str, scale: float) -> None:
+    """Zeros, constants, tiny and large numbers, and channels that stick out."""
+    what = describe_kv(64, dtype)
+    numbers = normal(what) * scale
+    numbers[0, 0] = 5.0
+    numbers[0, 1, :, 0, :3] *= 6.0
+    payload = payload_of(numbers, what)
+    codec = CacheGenCodec()
+    decoded, size = round_trip(codec, payload, what)
+    assert size < what.payload_bytes / 2
+    check_close(codec, payload, decoded, what)
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_stored_as_it_is(special: float) -> None:
+    what = describe_kv(64)
+    numbers = normal(what)
+    numbers[1, 1, 63, 1, 31] = special
+    payload = payload_of(np.nan_to_num(numbers), what)
+    unfinished = bytearray(payload)
+    kv = unpack(memoryview(payload), what)
+    kv[1, 1, 63, 1, 31] = {np.inf: 0x7F80, -np.inf: 0xFF80}.get(special, 0x7FC0)
+    pack(kv, what, memoryview(unfinished))
+    decoded, size = round_trip(CacheGenCodec(), bytes(unfinished), what)
+    assert (decoded, size) == (bytes(unfinished), what.payload_bytes)
+
+
+def test_what_lies_behind_the_last_token_does_not_matter() -> None:
+    what = describe_kv(40, block_size=32)
+    payload = bytearray(payload_of(normal(what), what))
+    whole = msgspec.structs.replace(what, num_tokens=64)
+    kv = unpack(memoryview(payload), whole)
+    kv[:, :, 40:] = 0x7FC0  # NaNs, as memory that nobody wrote may have
+    pack(kv, whole, memoryview(payload))
+    decoded, size = round_trip(CacheGenCodec(), bytes(payload), what)
+    assert size < what.payload_bytes / 3
+    assert not unpack(memoryview(decoded), whole)[:, :, 40:].any()
+
+
+def test_levels_differ_in_size_and_loss_and_any_reads_any() -> None:
+    what = msgspec.structs.replace(describe_kv(256, heads=3, dims=64, layers=6), first_token=256)
+    payload = payload_of(normal(what), what)
+    sizes, losses = [], []
+    for level in LEVEL_NAMES:
+        codec = CacheGenCodec(CacheGenOptions(level=level))
+        into = bytearray(what.payload_bytes)
+        size = codec.encode(memoryview(payload), what, memoryview(into))
+        decoded = bytearray(what.payload_bytes)
+        CacheGenCodec().decode(memoryview(into)[:size], what, codec.parameters, memoryview(decoded))
+        sizes.append(what.payload_bytes / size)
+        losses.append(np.abs(numbers_of(bytes(decoded), what) - numbers_of(payload, what)).mean())
+    assert LEVEL_NAMES == ["high", "medium", "low"]
+    assert 3 < sizes[0] < 4.3 < sizes[1] < sizes[2]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_slow_channels_take_fewer_bits_than_their_spread_says() -> None:
+    what = msgspec.structs.replace(describe_kv(256, dims=64), first_token=256)
+    source = np.random.default_rng(1)
+    noise = source.normal(size=kv_shape(what))
+    slow = noise.cumsum(axis=2)
+    slow *= noise.std() / slow.std(axis=2, keepdims=True)
+    codec = CacheGenCodec()
+    sizes = [round_trip(codec, payload_of(numbers, what), what)[1] for numbers in (noise, slow)]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+@pytest.mark.parametrize("pages", ["", "latents, not keys and values"])
+def test_layouts_that_do_not_unpack_are_refused_and_harmless(pages: str) -> None:
+    what = describe_kv(64)
+    opaque = msgspec.structs.replace(what, layout=msgspec.structs.replace(what.layout, pages=pages))
+    assert CacheGenCodec().why_not(opaque.layout) == why_opaque(opaque.layout) != ""
+    assert CacheGenCodec().why_not(what.layout) == ""
+    payload = payload_of(normal(what), what)
+    assert round_trip(CacheGenCodec(), payload, opaque) == (payload, what.payload_bytes)
+    into = bytearray(what.payload_bytes)
+    size = CacheGenCodec().encode(memoryview(payload), what, memoryview(into))
+    with pytest.raises(FrameError) as caught:
+        CacheGenCodec().decode(
+            memoryview(into)[:size], opaque, "v1,medium", memoryview(bytearray(len(payload)))
+        )
+    assert caught.value.reason == MissReason.CORRUPT
+
+
+def test_parts_that_lie_are_corrupt() -> None:
+    what = describe_kv(64)
+    codec = CacheGenCodec()
+    into = bytearray(what.payload_bytes)
+    size = codec.encode(memoryview(payload_of(normal(what), what)), what, memoryview(into))
+    encoded = bytes(into[:size])
+    described, coded = struct.unpack_from("<II", encoded)
+    for lie in (
+        (described + 1, coded - 1),
+        (coded, described),
+        (0, described + coded),
+        (2**32 - 1, 2**32 - 1),
+    ):
+        with pytest.raises(FrameError) as caught:
+            codec.decode(
+                memoryview(struct.pack("<II", *lie) + encoded[8:]), what, "v1,medium", memoryview(into)
+            )
+        assert caught.value.reason == MissReason.CORRUPT
+
+
+def test_levels_are_spelled_as_options() -> None:
+    assert open_codec("cachegen").parameters == "v1,medium"
+    assert open_codec("cachegen:high").parameters == "v1,high"
+    assert open_codec("cachegen:level=low").parameters == "v1,low"
+    with pytest.raises(ConfigError, match="Invalid enum value 'best'"):
+        open_codec("cachegen:best")
