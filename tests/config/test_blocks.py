@@ -39,6 +39,12 @@ def test_environment() -> None:
     assert tier.options["url"] == "redis://lmcache-redis.prod.svc.cluster.local:6379"
 
 
+def test_cachegen_by_its_name_there() -> None:
+    resolved = load_settings({**ENVIRONMENT, "LMCACHE_REMOTE_SERDE": "cachegen"})
+    (tier,) = tier_configs(resolved.settings)
+    assert tier.codec == "cachegen"
+
+
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(FILE)
