@@ -26,6 +26,7 @@ def l1(**changed):
         "reservations": 0,
         "evictions": 0,
         "budget_evictions": 0,
+        "limit_evictions": 0,
         "fragmentation": 0.0,
     }
     return figures | changed
@@ -116,6 +117,7 @@ def test_gauges_show_the_last_state_and_evictions_add_up():
             reservations=2,
             evictions=10,
             budget_evictions=2,
+            limit_evictions=3,
             fragmentation=0.25,
         ),
         5,
@@ -128,7 +130,8 @@ def test_gauges_show_the_last_state_and_evictions_add_up():
     assert found["kvstrata_leases"] == 0
     assert found["kvstrata_reservations"] == 2
     assert found["kvstrata_sessions"] == 5
-    assert found["kvstrata_evictions_total{reason=room}"] == 8
+    assert found["kvstrata_evictions_total{reason=room}"] == 5
+    assert found["kvstrata_evictions_total{reason=quota}"] == 3
     assert found["kvstrata_evictions_total{reason=budget}"] == 2
     assert found["kvstrata_l1_fragmentation_ratio"] == 0.25
     assert found["kvstrata_tier_bypassed{tier=disk}"] == 1

@@ -14,7 +14,7 @@ import struct
 import sys
 from collections.abc import Sequence
 
-from kvstrata.types import HASH_BYTES, Namespace, Piece, Prefix
+from kvstrata.types import HASH_BYTES, SALT_ID_BYTES, Namespace, Piece, Prefix
 
 HASH_VERSION = 1
 
@@ -27,6 +27,13 @@ def root_hash(namespace: Namespace, cache_salt: str = "") -> bytes:
     return _sha256(
         b"kvstrata chain %d\0" % HASH_VERSION + namespace.fingerprint + len(salt).to_bytes(4, "little") + salt
     ).digest()
+
+
+def salt_id(cache_salt: str) -> bytes:
+    """What stands for a tenant's salt where quotas are kept: 16 bytes that do not tell it; empty without a salt."""
+    if not cache_salt:
+        return b""
+    return _sha256(b"kvstrata salt 1\0" + cache_salt.encode()).digest()[:SALT_ID_BYTES]
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
@@ -48,9 +55,11 @@ class PrefixHasher:
     the caller encodes them, unambiguously.
     """
 
-    def __init__(self, root: bytes, block_size: int) -> None:
+    def __init__(self, root: bytes, block_size: int, cache_salt: str = "") -> None:
+        """``root`` is :func:`root_hash` of the same ``cache_salt``; only quotas want to know it here."""
         self.root = root
         self.block_size = block_size
+        self.salt_id = salt_id(cache_salt)
         self._hashes = bytearray()
         self._last = root
 
@@ -108,6 +117,7 @@ class PrefixHasher:
             remainder_hash=self.remainder_hash(tokens, remainder_extra_key),
             num_tokens=len(tokens),
             root=self.root,
+            salt_id=self.salt_id,
         )
 
 
@@ -125,6 +135,7 @@ def full_chunks(hasher: PrefixHasher, chunk_size: int, first_chunk: int, end_chu
             parent_hash=hasher.block_hash(index * per_chunk - 1),
             first_token=index * chunk_size,
             num_tokens=chunk_size,
+            salt_id=hasher.salt_id,
         )
         for index in range(first_chunk, end_chunk)
     ]
@@ -142,6 +153,7 @@ def tail_pieces(prefix: Prefix, block_size: int, chunk_size: int) -> list[Piece]
                 parent_hash=prefix.block_hash(chunk_start // block_size - 1),
                 first_token=chunk_start,
                 num_tokens=block_end - chunk_start,
+                salt_id=prefix.salt_id,
             )
         )
     if prefix.remainder_hash:
@@ -151,6 +163,7 @@ def tail_pieces(prefix: Prefix, block_size: int, chunk_size: int) -> list[Piece]
                 parent_hash=prefix.block_hash(prefix.num_blocks - 1),
                 first_token=block_end,
                 num_tokens=prefix.num_tokens - block_end,
+                salt_id=prefix.salt_id,
             )
         )
     return pieces

@@ -1,11 +1,12 @@
 """Every metric: its name, unit and labels.
 
 All begin with ``kvstrata_``. Labels take few values, known in advance: tiers by their configured names,
-reasons, operations. Never a model, a salt, a key or a client.
+reasons, operations, quotas by the names that an operator gave them. Never a model, a salt, a key or a client.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,8 +22,8 @@ L1 = "l1"
 """The value of the label ``tier`` for host memory."""
 MOVES = ("store", "retrieve")
 """Device to L1, and back; the values of the label ``move``."""
-EVICTION_REASONS = ("room", "budget")
-"""Room for others, and a budget that was lowered; the values of the label ``reason`` of evictions."""
+EVICTION_REASONS = ("room", "budget", "quota")
+"""Room for others, a budget that was lowered, the limit of their own salt; values of ``reason`` of evictions."""
 OPERATIONS = ("contains", "read", "write", "delete", "clear")
 """What is done to a tier; the values of the label ``operation``."""
 GATE_DECISIONS = ("load", "trial", "recompute")
@@ -41,6 +42,25 @@ class QueuedTier(Protocol):
     def queued_bytes(self) -> int: ...
     @property
     def state(self) -> str: ...
+
+
+class HeldQuota(Protocol):
+    """What the gauges want to know of a quota in one tier."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tier(self) -> str: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    @property
+    def limit_bytes(self) -> int | None: ...
+    @property
+    def used_bytes(self) -> int: ...
+    @property
+    def num_evicted(self) -> int: ...
+    @property
+    def num_refused(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,7 @@ class Metrics:
         self._declare_lookups()
         self._declare_l1()
         self._declare_tiers()
+        self._declare_quotas()
         self._gauge("build_info", "Always 1; the label says the version.", ["version"]).labels(
             __version__
         ).set(1)
@@ -149,7 +170,7 @@ class Metrics:
         )
         self.evictions_total = self._counter(
             "evictions_total",
-            "Entries of L1 evicted for room, or because its budget was lowered.",
+            "Entries of L1 evicted for room, because its budget was lowered, or for the limit of their own salt.",
             ["reason"],
         )
         self.l1_used_bytes = self._gauge("l1_used_bytes", "Bytes of L1 in use.")
@@ -184,6 +205,22 @@ class Metrics:
         self.breaker_open = self._gauge("tier_breaker_open", "1 while the tier is left alone.", ["tier"])
         self.bypassed = self._gauge("tier_bypassed", "1 while an operator has the tier left alone.", ["tier"])
         self.queue_bytes = self._gauge("tier_queue_bytes", "Bytes that wait to be written.", ["tier"])
+
+    def _declare_quotas(self) -> None:
+        both = ["quota", "tier"]
+        self.quota_used_bytes = self._gauge("quota_used_bytes", "Bytes that a salt with a quota holds.", both)
+        self.quota_reserved_bytes = self._gauge("quota_reserved_bytes", "Bytes that others leave it.", both)
+        self.quota_limit_bytes = self._gauge(
+            "quota_limit_bytes", "Bytes it never exceeds; +Inf without.", both
+        )
+        self.quota_evictions = self._gauge(
+            "quota_evictions", "Its entries evicted for its limit, since the quota was set.", both
+        )
+        self.quota_refusals = self._gauge(
+            "quota_refusals",
+            "Its entries that its limit, or what is reserved for others, left no room for, since then.",
+            both,
+        )
 
     # What the core reports
 
@@ -279,7 +316,8 @@ class Metrics:
         self.l1_entries.set(l1["entries"])
         self.leases.set(l1["lookups"])
         self.reservations.set(l1["reservations"])
-        evicted = {"budget": l1["budget_evictions"], "room": l1["evictions"] - l1["budget_evictions"]}
+        evicted = {"budget": l1["budget_evictions"], "quota": l1["limit_evictions"]}
+        evicted["room"] = l1["evictions"] - sum(evicted.values())
         for reason, count in evicted.items():
             self.evictions_total.labels(reason).inc(count - self._num_evicted[reason])
         self._num_evicted = evicted
@@ -288,6 +326,28 @@ class Metrics:
         for tier in tiers:
             self.queue_bytes.labels(tier.name).set(tier.queued_bytes)
             self.bypassed.labels(tier.name).set(tier.state == "bypassed")
+
+    def update_quotas(self, quotas: Iterable[HeldQuota]) -> None:
+        """The quotas that there are now, and what they hold."""
+        gauges = (
+            self.quota_used_bytes,
+            self.quota_reserved_bytes,
+            self.quota_limit_bytes,
+            self.quota_evictions,
+            self.quota_refusals,
+        )
+        for gauge in gauges:
+            gauge.clear()
+        for each in quotas:
+            values = (
+                each.used_bytes,
+                each.reserved_bytes,
+                math.inf if each.limit_bytes is None else each.limit_bytes,
+                each.num_evicted,
+                each.num_refused,
+            )
+            for gauge, value in zip(gauges, values, strict=True):
+                gauge.labels(each.name, each.tier).set(value)
 
     # What readers get
 

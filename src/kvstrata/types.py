@@ -12,6 +12,8 @@ import msgspec
 
 HASH_BYTES = 32
 """Length of a chunk hash (SHA-256)."""
+SALT_ID_BYTES = 16
+"""Length of what stands for a cache_salt where quotas are kept."""
 
 
 class MissReason(enum.StrEnum):
@@ -28,6 +30,8 @@ class MissReason(enum.StrEnum):
     DEADLINE = "deadline"
     GATED = "gated"
     NO_SPACE = "no_space"
+    SALT_QUOTA = "salt_quota"
+    """The limit of its own cache_salt, or what is reserved for others, left no room for it."""
     CHUNK_ALIGNMENT = "chunk_alignment"
     """Less than a chunk is missing, and L1 holds another chunk in its place: one that ends later, or differs."""
 
@@ -219,6 +223,8 @@ class Piece(msgspec.Struct, frozen=True):
     num_tokens: int
     tokens_hash: bytes = b""
     """SHA-256 of this piece's tokens alone, without its prefix."""
+    salt_id: bytes = b""
+    """Whose it is (``hashing.salt_id``); of pieces that are stored, only."""
 
 
 class Prefix(msgspec.Struct, frozen=True):
@@ -231,6 +237,8 @@ class Prefix(msgspec.Struct, frozen=True):
     num_tokens: int
     root: bytes
     """The chain's start (namespace and cache salt)."""
+    salt_id: bytes = b""
+    """Whose it is (``hashing.salt_id``)."""
 
     @property
     def num_blocks(self) -> int:

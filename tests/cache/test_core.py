@@ -18,6 +18,7 @@ from kvstrata.codecs.base import PayloadDescription
 from kvstrata.codecs.naive import NaiveCodec
 from kvstrata.errors import TierUnavailable
 from kvstrata.frame import HEADER_BYTES, FrameHeader
+from kvstrata.hashing import salt_id
 from kvstrata.testing.client import (
     CHUNK_SIZE,
     Prompt,
@@ -407,7 +408,7 @@ class HungTier(DictTier):
 
 def test_nothing_is_read_for_tokens_that_the_engine_has() -> None:
     tier = FaultyTier(DictTier())
-    asked = prompt(6 * CHUNK_SIZE + 20, seed=1)
+    asked = prompt(6 * CHUNK_SIZE + 20, seed=1, salt="tenant")
     with open_core([tier], pool_bytes=POOL_BYTES) as cache:
         put(cache, asked)
         cache.clear(tiers=False)
@@ -423,8 +424,8 @@ def test_nothing_is_read_for_tokens_that_the_engine_has() -> None:
         assert hit.pieces[0].first_token == 4 * CHUNK_SIZE
         assert hit.tokens_by_tier == {"tier0": 2 * CHUNK_SIZE + 20}
         assert len(cache.index) == len(hit.pieces)
-        roots = {entry.root for entry in cache.index.of_namespace(None)}
-        assert roots == {asked.prefix.root}, "a deletion by salt finds them all the same"
+        salts = {entry.salt_id for entry in cache.index.of_namespace(None)}
+        assert salts == {salt_id("tenant")}, "a deletion by salt finds them all the same"
         totals = cache.metrics.totals()
         assert totals["lookup_tokens"] == 2 * CHUNK_SIZE + 20, "the others were not asked for"
         assert cache.lookup("o", "a", namespace, asked.prefix, 0).num_tokens == 0, "another question"

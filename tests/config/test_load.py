@@ -37,6 +37,7 @@ VALID: dict[str, Any] = {
     "encryption_key_file": "/etc/kvstrata/keys",
     "require_encryption": True,
     "ttl_seconds": 60,
+    "quotas": ({"name": "acme", "salt": "x", "tiers": {"l1": {"reserved_bytes": 0, "limit_bytes": 5}}},),
     "tiers": ({"kind": "disk", "path": "/x", "max_bytes": 1000},),
     "blocking_timeout_secs": 2.5,
     "num_workers": 2,

@@ -16,8 +16,8 @@ from kvstrata.cache.index import Index
 from kvstrata.cache.io import TierIO
 from kvstrata.codecs.base import Codec
 from kvstrata.codecs.open import Decoders, open_codec
-from kvstrata.config import Settings, TierConfig, tier_configs
-from kvstrata.errors import ConfigError
+from kvstrata.config import Settings, TierConfig, quota_configs, tier_configs
+from kvstrata.errors import ConfigError, OperationError
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.memory.region import SharedRegion
 from kvstrata.metrics import Metrics
@@ -63,7 +63,7 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
             )
         )
         logger.info("tier %s: %s", config.name, tier.describe())
-    return Cache(
+    cache = Cache(
         region.view,
         uuid.uuid4().hex,
         Index(SlotAllocator(region.size_bytes), policy),
@@ -74,6 +74,12 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
         read_fastest=settings.read_policy == "fastest",
         lookup_timeout_seconds=settings.lookup_timeout_ms / 1000,
     )
+    try:
+        cache.quotas.put(*quota_configs(settings))
+    except OperationError as error:
+        cache.close()
+        raise ConfigError(f"quotas: {error}") from None
+    return cache
 
 
 def _check_encryption(settings: Settings, configs: Sequence[TierConfig], codecs: Sequence[Codec]) -> None:

@@ -26,6 +26,7 @@ from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.popular import CommonPrefix, Popular, common_prefixes
 from kvstrata.cache.prefetch import Prefetch
+from kvstrata.cache.quotas import SaltQuotas
 from kvstrata.cache.recent import Recent
 from kvstrata.cache.walk import Walk, first_missing, walk
 from kvstrata.cache.writes import Writes
@@ -88,6 +89,7 @@ class Cache:
         self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
         self._recent = Recent()
         self._popular = Popular()
+        self.quotas = SaltQuotas(self._l1, tiers)
 
     def intern(self, namespace: Namespace) -> Namespace:
         """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
@@ -454,6 +456,7 @@ class Cache:
                 "capacity_bytes": allocator.capacity_bytes,
                 "fragmentation": allocator.fragmentation,
                 "budget_evictions": self.index.num_evicted_for_budget,
+                "limit_evictions": self.index.num_evicted_for_limit,
                 "evictions": self.index.num_evicted,
                 "lookups": len(self._lookups),
                 "reservations": len(self._reserved),

@@ -159,6 +159,11 @@ def _detail(lookup: Lookup, reason: MissReason | None, tier_names: Sequence[str]
             )
         case MissReason.EVICTED:
             return f"what follows token {_reached(lookup)} was in l1 and was evicted; no tier has it"
+        case MissReason.SALT_QUOTA:
+            return (
+                f"what follows token {_reached(lookup)} went, or was not stored: the quota of its cache_salt, or "
+                "what is reserved for others, left no room"
+            )
         case MissReason.CHUNK_ALIGNMENT:
             return (
                 f"what is stored after token {_reached(lookup)} is in chunks that end later, or in other words, "
@@ -205,4 +210,4 @@ def _differs(stored: Entry, other: Entry) -> tuple[str, ...]:
     if other.namespace is not stored.namespace:
         fields = stored.namespace.__struct_fields__
         return tuple(f for f in fields if getattr(stored.namespace, f) != getattr(other.namespace, f))
-    return ("salt",) if stored.root and other.root and stored.root != other.root else ("prefix",)
+    return ("salt",) if stored.salt_id != other.salt_id else ("prefix",)

@@ -7,20 +7,22 @@
 A slot holds one frame: a header of ``HEADER_BYTES``, then the payload, so that a frame goes to and comes from
 a tier without a copy; behind it is room for what a codec may add. Only READY entries without a lease and without
 a child in L1 are evicted, so that tails and the ends of chains go before the prefixes that they depend on. A slot
-is never freed under a lease.
+is never freed under a lease. Whose entry goes for whose also depends on the quotas of their salts (``quotas``).
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
 from kvstrata.frame import room_bytes
-from kvstrata.memory.pool import SlotAllocator
+from kvstrata.memory.pool import SlotAllocator, slot_bytes
 from kvstrata.policies.base import EvictionPolicy
+from kvstrata.policies.order import unoffered
+from kvstrata.quotas import Account, Accounts, Quota
 from kvstrata.types import MissReason, Namespace, Piece
 
 _MAX_PASSED_OVER = 10_000
@@ -61,8 +63,8 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     state: State
     parent: bytes | None
     """The key of the piece before it, held or not; None at the start of a sequence."""
-    root: bytes = b""
-    """The start of its chain, which tells namespace and salt; empty when its parent was not held."""
+    salt_id: bytes = b""
+    """Whose it is (``hashing.salt_id``)."""
     num_children: int = 0
     """Held entries whose parent this is."""
     leases: int = 0
@@ -82,9 +84,14 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     def payload_bytes(self) -> int:
         return self.namespace.layout.payload_bytes(self.num_tokens)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody needs it now, and nothing in L1 depends on it."""
+        return self.state is State.READY and not self.leases and not self.num_children
+
 
 class Index:
-    """The entries of L1, their slots and their order of eviction."""
+    """The entries of L1, their slots, and whose turn it is to go."""
 
     def __init__(self, allocator: SlotAllocator, policy: EvictionPolicy) -> None:
         self.entries: dict[bytes, Entry] = {}
@@ -93,7 +100,12 @@ class Index:
         self.num_evicted = 0
         self.num_evicted_for_budget = 0
         """Of those, the ones that went because the budget was lowered."""
-        self._ghosts: dict[bytes, None] = {}
+        self.num_evicted_for_limit = 0
+        """Of those, the ones that went for the limit of their own salt."""
+        self.accounts: Accounts[bytes] = Accounts()
+        self._leaving: dict[int, Entry] = {}
+        """Entries that were dropped while leased, by their offsets."""
+        self._ghosts: dict[bytes, MissReason] = {}
         self._awaited: dict[bytes, int] = {}
         """Parents that are not held -> how many held entries wait for them. They come before their time when a
         tier has lost the parent, or delivers it last."""
@@ -105,40 +117,43 @@ class Index:
         return self.entries.get(entry_key(chunk_hash, shard))
 
     def insert(
-        self, namespace: Namespace, piece: Piece, shard: int, state: State, *, root: bytes = b""
+        self, namespace: Namespace, piece: Piece, shard: int, state: State, *, salt_id: bytes = b""
     ) -> Entry | None:
         """A new entry with a slot and one lease, evicting as needed; None when there is no room for it now.
 
-        The key must not be held. ``root`` is the start of its chain, where the caller knows it.
+        The key must not be held. ``salt_id`` says whose it is, where the piece does not; ``why_missing`` why there
+        is no room.
         """
-        slot_bytes = room_bytes(namespace.layout.payload_bytes(piece.num_tokens))
-        parent = self._parent_key(piece, shard)
+        key = entry_key(piece.chunk_hash, shard)
+        size = slot_bytes(room_bytes(namespace.layout.payload_bytes(piece.num_tokens)))
+        before = None if piece.first_token == 0 else self.get(piece.parent_hash, shard)
+        parent, salt_id = self._origin(piece, shard, before, piece.salt_id or salt_id)
         # First, so that the parent is not the victim that makes room for its child.
         self._add_child(parent, 1)
-        offset = self._allocate(slot_bytes)
+        offset = self._allocate(size, salt_id)
         if offset is None:
             self._add_child(parent, -1)
+            self._refused(key, salt_id)
             return None
-        key = entry_key(piece.chunk_hash, shard)
-        root = (piece.parent_hash if parent is None else self._root_of(parent)) or root
-        entry = Entry(key, namespace, piece.first_token, piece.num_tokens, offset, state, parent, root)
+        entry = Entry(key, namespace, piece.first_token, piece.num_tokens, offset, state, parent, salt_id)
         entry.num_children = self._awaited.pop(key, 0)
         entry.leases = 1
         self.entries[key] = entry
         self._ghosts.pop(key, None)
-        self.policy.added(key, slot_bytes)
+        self.policy.added(key, size)
+        self.accounts.take(salt_id, size)
+        self.accounts.added(salt_id, key, size)
         return entry
 
-    def _parent_key(self, piece: Piece, shard: int) -> bytes | None:
+    @staticmethod
+    def _origin(piece: Piece, shard: int, before: Entry | None, salt_id: bytes) -> tuple[bytes | None, bytes]:
+        """The parent's key and the salt's id; one object for both entries where they agree: it counts, a million
+        times."""
         if piece.first_token == 0:
-            return None
-        key = entry_key(piece.parent_hash, shard)
-        parent = self.entries.get(key)
-        return key if parent is None else parent.key  # one object for both: it counts, a million times
-
-    def _root_of(self, key: bytes) -> bytes:
-        entry = self.entries.get(key)
-        return b"" if entry is None else entry.root
+            return None, salt_id
+        if before is None:
+            return entry_key(piece.parent_hash, shard), salt_id
+        return before.key, before.salt_id if before.salt_id == salt_id else salt_id
 
     def _add_child(self, parent: bytes | None, number: int) -> None:
         """``number`` more held entries have this parent."""
@@ -154,72 +169,187 @@ class Index:
         else:
             del self._awaited[parent]
 
-    def _allocate(self, size_bytes: int) -> int | None:
-        offset = self.allocator.allocate(size_bytes)
-        if offset is not None or size_bytes > self.allocator.budget_bytes:
-            return offset
-        victims = itertools.islice(self.policy.victims(), _MAX_PASSED_OVER)
-        for passed, key in enumerate(victims):
+    def _allocate(self, size: int, salt_id: bytes) -> int | None:
+        account = self.accounts.of(salt_id)
+        if size > self.allocator.budget_bytes or not self._fits_limit(account, size):
+            return None
+        offset = self.allocator.allocate(size)
+        if offset is None:
+            for entry in self._victims(account):
+                self.drop(entry, evicted=True)
+                offset = self.allocator.allocate(size)
+                if offset is not None:
+                    break
+        return offset
+
+    def _fits_limit(self, account: Account[bytes], size: int, max_evictions: int = _MAX_PASSED_OVER) -> bool:
+        """Evict what an account used longest ago, at most so many entries, until ``size`` bytes more are within its
+        limit; whether they are."""
+        limit = account.quota.limit_bytes
+        if limit is None or account.excess_bytes(size) <= 0:
+            return True
+        if size > limit:
+            return False
+        offered: set[bytes] = set()
+        for key in itertools.islice(unoffered(account.order, offered), _MAX_PASSED_OVER):
+            offered.add(key)
+            entry = self.entries[key]
+            if entry.is_free:
+                self.drop(entry, evicted=True)
+                self._remember(key, MissReason.SALT_QUOTA)
+                self.num_evicted_for_limit += 1
+                account.num_evicted += 1
+                max_evictions -= 1
+            if account.excess_bytes(size) <= 0:
+                return True
+            if not max_evictions:
+                break
+        return False
+
+    def _victims(self, account: Account[bytes] | None) -> Iterator[Entry]:
+        """What may go to make room for ``account``, in that order. The caller drops each, or stops."""
+        yield from self._released()
+        for passed, key in enumerate(itertools.islice(self.policy.victims(), _MAX_PASSED_OVER)):
             entry = self.entries[key]
             if entry.num_children and passed < _MAX_PARENTS_KEPT:
                 continue  # its continuations come later in the order, and go first
-            if entry.state is not State.READY or entry.leases or entry.num_children:
+            if not entry.is_free:
                 self.policy.touched(key)
-                continue
-            self.drop(entry, evicted=True)
-            offset = self.allocator.allocate(size_bytes)
-            if offset is not None:
-                return offset
-        return None
+            elif not self._park(entry):
+                yield entry
+        if account is not None:
+            # All that is left is others' reserve; what is its own may go.
+            for key in unoffered(account.parked, ()):
+                if self._is_free_or_unparked(account, key):
+                    yield self.entries[key]
+
+    def _released(self) -> Iterator[Entry]:
+        """Entries that were parked and are reserved no more."""
+        for account, key in self.accounts.releasing():
+            if self._is_free_or_unparked(account, key):
+                yield self.entries[key]
+
+    def _park(self, entry: Entry) -> bool:
+        """Take an entry out of the order of eviction, if it is reserved."""
+        account = self.accounts.of(entry.salt_id)
+        size = self.allocator.slot_bytes(entry.offset)
+        if not account.protects(size):
+            return False
+        self.policy.removed(entry.key, evicted=True)
+        self.accounts.park(account, entry.key, size)
+        return True
+
+    def _is_free_or_unparked(self, account: Account[bytes], key: bytes) -> bool:
+        """Whether a parked entry can go; if not, as it is in use, it is put back in the order."""
+        if self.entries[key].is_free:
+            return True
+        self.policy.added(key, account.parked[key])
+        self.accounts.unpark(account, key)
+        return False
 
     def drop(self, entry: Entry, *, evicted: bool = False) -> None:
         """Forget an entry. Its slot is freed now, or when its last lease ends."""
         del self.entries[entry.key]
-        self.policy.removed(entry.key, evicted=evicted)
+        size = self.allocator.slot_bytes(entry.offset)
+        if not self.accounts.removed(entry.salt_id, entry.key, size):
+            self.policy.removed(entry.key, evicted=evicted)
         if entry.num_children:
             self._awaited[entry.key] = entry.num_children
         self._add_child(entry.parent, -1)
         entry.state = State.DROPPED
-        if entry.leases == 0:
-            self.allocator.free(entry.offset)
+        if entry.leases:
+            self._leaving[entry.offset] = entry
+        else:
+            self._free(entry, size)
         if evicted:
             self.num_evicted += 1
-            self._ghosts[entry.key] = None
-            if len(self._ghosts) > _MAX_GHOSTS:
-                del self._ghosts[next(iter(self._ghosts))]
+            self._remember(entry.key, MissReason.EVICTED)
+
+    def _free(self, entry: Entry, size: int) -> None:
+        self.allocator.free(entry.offset)
+        self.accounts.give_back(entry.salt_id, size)
+
+    def _refused(self, key: bytes, salt_id: bytes) -> None:
+        """There was no room for an entry; remember it if that was for quotas."""
+        account = self.accounts.of(salt_id)
+        if account.excess_bytes(1) > 0 or self.accounts.num_parked > len(account.parked):
+            account.num_refused += 1
+            self._remember(key, MissReason.SALT_QUOTA)
+
+    def _remember(self, key: bytes, reason: MissReason) -> None:
+        self._ghosts[key] = reason
+        if len(self._ghosts) > _MAX_GHOSTS:
+            del self._ghosts[next(iter(self._ghosts))]
 
     def shrink(self, max_evictions: int) -> bool:
         """Evict, at most so many entries, while more is used than the budget allows; whether more can go."""
         num_evicted = 0
-        for key in self.policy.victims():
+        for entry in itertools.chain(self._released(), self._unreserved()):
             if self.allocator.used_bytes <= self.allocator.budget_bytes:
                 return False
             if num_evicted == max_evictions:
                 return True
-            entry = self.entries[key]
-            if entry.state is State.READY and not entry.leases and not entry.num_children:
-                self.drop(entry, evicted=True)
-                self.num_evicted_for_budget += 1
-                num_evicted += 1
+            self.drop(entry, evicted=True)
+            self.num_evicted_for_budget += 1
+            num_evicted += 1
         return num_evicted > 0  # then their parents can go, which this walk passed over
+
+    def _unreserved(self) -> Iterator[Entry]:
+        """All that can go, wherever it is in the order."""
+        for key in self.policy.victims():
+            entry = self.entries[key]
+            if entry.is_free and not self._park(entry):
+                yield entry
+
+    # Quotas
+
+    def set_quotas(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> None:
+        """Have these quotas, by the ids of their salts, from now on. ``keep_limits`` evicts what they do not allow.
+
+        Walks over all entries, unless only amounts differ.
+        """
+        known = {a.salt_id for a in self.accounts.all() if a.is_named and a is not self.accounts.others}
+        is_same = default == self.accounts.default and known == set(quotas)
+        if is_same and all(self.accounts.change(salt_id, quota) for salt_id, quota in quotas.items()):
+            return
+        size = self.allocator.slot_bytes
+        self.accounts.rebuild(
+            quotas,
+            default,
+            ((e.key, e.salt_id, size(e.offset)) for e in self.entries.values()),
+            ((e.salt_id, size(e.offset)) for e in self._leaving.values()),
+        )
+
+    def keep_limits(self, max_evictions: int) -> bool:
+        """Evict, at most so many entries, what an account holds beyond its limit; whether more can go."""
+        for account in list(self.accounts.all()):
+            if account.excess_bytes() > 0:
+                before = account.num_evicted
+                self._fits_limit(account, 0, max_evictions)
+                if account.num_evicted > before:
+                    return True
+        return False
 
     def unlease(self, entry: Entry) -> None:
         """One lease less. Nobody who held it touches the slot any more."""
         entry.leases -= 1
         if entry.leases == 0 and entry.state is State.DROPPED:
-            self.allocator.free(entry.offset)
+            del self._leaving[entry.offset]
+            self._free(entry, self.allocator.slot_bytes(entry.offset))
 
     def touch(self, chain: Iterable[Entry]) -> None:
         """A chain of entries was used. Its end is touched first, so that it goes first."""
         for entry in reversed(list(chain)):
-            if entry.state is not State.DROPPED:
+            if entry.state is State.DROPPED:
+                continue
+            if not self.accounts.is_empty and self.accounts.touched(entry.salt_id, entry.key):
+                self.policy.added(entry.key, self.allocator.slot_bytes(entry.offset))
+            else:
                 self.policy.touched(entry.key)
 
     def why_missing(self, chunk_hash: bytes, shard: int) -> MissReason:
         """Why L1 does not hold a shard, as far as it remembers."""
-        if entry_key(chunk_hash, shard) in self._ghosts:
-            return MissReason.EVICTED
-        return MissReason.ABSENT
+        return self._ghosts.get(entry_key(chunk_hash, shard), MissReason.ABSENT)
 
     def of_namespace(self, namespace: Namespace | None) -> list[Entry]:
         """The entries of a namespace, or all."""

@@ -12,7 +12,7 @@ from kvstrata.cache.gate import Decision, Gate, Verdict
 from kvstrata.cache.index import Entry, Index, State
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.walk import best_cover, fits, walk
-from kvstrata.types import Piece
+from kvstrata.types import MissReason, Piece
 
 
 class PlannedPiece(msgspec.Struct, frozen=True, eq=False):
@@ -97,8 +97,9 @@ def worth_loading(
 
 def hold(
     index: Index, lookup: Lookup, plan: list[PlannedPiece], tier_names: Sequence[str]
-) -> tuple[list[Read], bool]:
-    """Lease what L1 holds of ``plan`` and give the rest slots; what is to be read, and whether there was room."""
+) -> tuple[list[Read], MissReason | None]:
+    """Lease what L1 holds of ``plan`` and give the rest slots; what is to be read, and why there was no room for
+    more."""
     for planned in plan:
         for shard in range(lookup.namespace.world_size):
             entry = index.get(planned.piece.chunk_hash, shard)
@@ -109,13 +110,18 @@ def hold(
         for shard, tier in planned.reads.items():
             entry = index.get(planned.piece.chunk_hash, shard)
             if entry is None:
-                root = lookup.prefix.root
-                entry = index.insert(lookup.namespace, planned.piece, shard, State.LOADING, root=root)
+                salt_id = lookup.prefix.salt_id
+                entry = index.insert(lookup.namespace, planned.piece, shard, State.LOADING, salt_id=salt_id)
                 if entry is None:
-                    return reads, False
+                    return reads, _why_no_room(index, planned.piece, shard)
                 entry.tiers = lookup.tiers_holding(planned.position, shard)
                 reads.append(Read(tier, planned.piece, entry))
                 lookup.lease(entry)
             if entry.state is State.LOADING:
                 lookup.fetched[entry.key] = tier_names[tier]
-    return reads, True
+    return reads, None
+
+
+def _why_no_room(index: Index, piece: Piece, shard: int) -> MissReason:
+    reason = index.why_missing(piece.chunk_hash, shard)
+    return reason if reason is MissReason.SALT_QUOTA else MissReason.NO_SPACE

@@ -116,9 +116,8 @@ class Prefetch:
         lookup.is_planned = True
         plan, decisions = worth_loading(pieces, lookup, self._gate, self._names, self._clock())
         self._decided(lookup, decisions)
-        reads, had_room = hold(self._l1.index, lookup, plan, self._names)
-        if not had_room:
-            lookup.reason = MissReason.NO_SPACE
+        reads, no_room = hold(self._l1.index, lookup, plan, self._names)
+        lookup.reason = no_room or lookup.reason
         jobs: list[Job] = []
         for tier in sorted({read.tier for read in reads}):
             mine = [read for read in reads if read.tier == tier]

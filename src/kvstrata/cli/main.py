@@ -26,6 +26,7 @@ from kvstrata.cli import (
     metrics,
     ping,
     pins,
+    quota,
     remote,
     runtime,
     server,
@@ -58,6 +59,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
 app.add_typer(metrics.app, name="metrics")
+app.add_typer(quota.app, name="quota")
 app.command("status", epilog=status.EXAMPLE)(status.status)
 app.command("tiers", epilog=status.TIERS_EXAMPLE)(status.tiers)
 app.command("explain", epilog=explain.EXAMPLE)(explain.explain)

@@ -62,7 +62,7 @@ def reference_text() -> str:
     return (
         _HEAD
         + "".join(rows)
-        + "\n## Labels\n\nNever a model, a key, a salt or a client.\n\n"
+        + "\n## Labels\n\nNever a model, a key, a salt or a client; quotas by their given names.\n\n"
         + "".join(labels)
     )
 

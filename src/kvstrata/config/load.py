@@ -13,6 +13,7 @@ import yaml
 
 from kvstrata.config.lmcache import LMCACHE_KEYS, without_effect
 from kvstrata.config.nearest import nearest
+from kvstrata.config.quotas import quota_configs
 from kvstrata.config.settings import ALIASES, SETTINGS, Settings
 from kvstrata.config.tiers import tier_configs
 from kvstrata.config.values import parse
@@ -222,6 +223,7 @@ def _check_together(settings: Settings) -> None:
             "max_local_disk_size = 0 is not allowed together with local_disk: expected more than 0 GiB"
         )
     tier_configs(settings)
+    quota_configs(settings)
 
 
 def _name_ignored(ignored: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ MASK = "***"
 
 _USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>.*)@(?P<rest>.*)", re.S)
 _SECRET_NAME = re.compile(
-    r"pass(word|wd|phrase)?$|secret|token$|credential|api_?key|access_?key|private_?key|signature|^auth$",
+    r"pass(word|wd|phrase)?$|secret|token$|credential|^salt$|api_?key|access_?key|private_?key|signature|^auth$",
     re.I,
 )
 _QUERY = re.compile(r"(?P<head>[?&;])(?P<name>[^=&;#\s]+)=(?P<value>[^&;#\s]*)")

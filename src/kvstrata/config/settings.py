@@ -135,6 +135,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "read-only) and its own options."
         ),
     ] = ()
+    quotas: Annotated[
+        tuple[dict[str, Any], ...],
+        _meta(
+            "What each `cache_salt` may hold: a list of mappings with `name`, `salt` (the name, unless given) and "
+            "`tiers`: by tier `reserved_bytes` and `limit_bytes`. The name `default` is for every other salt."
+        ),
+    ] = ()
     blocking_timeout_secs: Annotated[
         float, _meta("Deadline of one operation of a tier, unless the tier sets its own.", "s", gt=0, le=3600)
     ] = 5.0

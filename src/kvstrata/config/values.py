@@ -14,7 +14,7 @@ import msgspec
 from kvstrata import plugins
 from kvstrata.config.codecs import parse_codec
 from kvstrata.config.nearest import nearest
-from kvstrata.config.secrets import mask
+from kvstrata.config.secrets import MASK, mask
 from kvstrata.config.settings import Setting
 from kvstrata.errors import ConfigError
 
@@ -38,9 +38,8 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
         return parsed if check is None or parsed is None else check(parsed)
     except (ValueError, msgspec.MsgspecError) as error:
         allowed = str(error) if isinstance(error, _NotAllowedError) else f"expected {setting.allowed}"
-        raise ConfigError(
-            f"{setting.key} = {mask(value, setting.key)!r} (from {source}) is not allowed: {allowed}"
-        ) from None
+        shown = MASK if setting.key == "quotas" and isinstance(value, str) else mask(value, setting.key)
+        raise ConfigError(f"{setting.key} = {shown!r} (from {source}) is not allowed: {allowed}") from None
 
 
 class _NotAllowedError(ValueError):

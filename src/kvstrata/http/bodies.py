@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvstrata.operations.report import DOCSTRINGS_ARE_READ
+from kvstrata.quotas import MAX_BYTES
 
 MAX_KEYS = 10_000
 MAX_TOKENS = 1_000_000
@@ -95,6 +96,24 @@ class VerifyBody(Body):
     """So many entries per tier, chosen at random; null is all of them."""
     delete_bad: bool = False
     """Whether what is bad is deleted. It would never be served: reading checks too."""
+
+
+class QuotaAmounts(Body):
+    """What a salt may hold of one tier."""
+
+    reserved_bytes: Annotated[int, Field(ge=0, le=MAX_BYTES)] = 0
+    """Loads of other salts never evict it below this."""
+    limit_bytes: Annotated[int, Field(ge=0, le=MAX_BYTES)] | None = None
+    """It never holds more; its own oldest entries go first. Null: as much as there is."""
+
+
+class QuotaBody(Body):
+    """What a salt may hold."""
+
+    salt: Salt | None = None
+    """The ``cache_salt``; null: what it was, or the quota's name. Empty: requests without a salt."""
+    tiers: Annotated[dict[Name, QuotaAmounts], Field(min_length=1, max_length=100)]
+    """Tier -> amounts; tiers that are not named are not bounded. Possible for ``l1`` and disk tiers."""
 
 
 class RuntimeBody(Body):

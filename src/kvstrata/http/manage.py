@@ -16,6 +16,7 @@ from kvstrata.http.bodies import (
     LookupBody,
     Name,
     PinBody,
+    QuotaBody,
     RuntimeBody,
     Salt,
     VerifyBody,
@@ -29,10 +30,12 @@ from kvstrata.operations.jobs import JobReport
 from kvstrata.operations.pins import PinReport
 from kvstrata.operations.prefixes import PrefixReport
 from kvstrata.operations.prompts import Coverage, NamespaceReport
+from kvstrata.operations.quotas import QuotaReport
 from kvstrata.operations.requests import RequestReport
 from kvstrata.operations.runtime import RuntimeReport
 from kvstrata.operations.scope import Scope
 from kvstrata.operations.tiers import TierReport
+from kvstrata.quotas import Quota
 
 MAX_PAGE = 1000
 MAX_PREFIXES = 100
@@ -52,6 +55,7 @@ def manage_router(operations: Operations) -> APIRouter:
     _add_requests(router, operations)
     _add_entries(router, operations)
     _add_pins(router, operations)
+    _add_quotas(router, operations)
     _add_jobs(router, operations)
     _add_runtime(router, operations)
     return router
@@ -191,6 +195,32 @@ def _add_pins(router: APIRouter, operations: Operations) -> None:
     def unpin_owner(owner: Name) -> list[PinReport]:
         """End all pins of an owner."""
         return pins.unpin_owner(owner)
+
+
+def _add_quotas(router: APIRouter, operations: Operations) -> None:
+    quotas = operations.quotas
+
+    @router.get("/quotas", tags=["quotas"])
+    def list_quotas() -> list[QuotaReport]:
+        """What each salt with a quota may hold of each tier, and holds. Salts are not told, only names."""
+        return quotas.list()
+
+    @router.get("/quotas/{name}", tags=["quotas"], responses=responses(404))
+    def get_quota(name: Name) -> QuotaReport:
+        """One quota."""
+        return quotas.get(name)
+
+    @router.put("/quotas/{name}", tags=["quotas"], responses=responses(409, 413, 415))
+    def set_quota(name: Name, body: QuotaBody) -> QuotaReport:
+        """Set a quota, a new one or in place of what it was. Evicts what it does not allow. A restart brings the
+        configured quotas back."""
+        tiers = {tier: Quota(each.reserved_bytes, each.limit_bytes) for tier, each in body.tiers.items()}
+        return quotas.put(name, body.salt, tiers)
+
+    @router.delete("/quotas/{name}", tags=["quotas"], responses=responses(404))
+    def remove_quota(name: Name) -> QuotaReport:
+        """End a quota. What its salt holds stays, and competes with all others."""
+        return quotas.remove(name)
 
 
 def _add_jobs(router: APIRouter, operations: Operations) -> None:

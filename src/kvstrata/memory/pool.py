@@ -70,6 +70,10 @@ class SlotAllocator:
     def num_slots(self) -> int:
         return len(self._slots)
 
+    def slot_bytes(self, offset: int) -> int:
+        """What the slot at ``offset`` takes, rounding included."""
+        return self._slots[offset]
+
     def allocate(self, size_bytes: int) -> int | None:
         """Take a slot of at least ``size_bytes``; return its offset, or None when no hole is large enough.
 

@@ -18,6 +18,7 @@ from kvstrata.operations.jobs import Job, JobReport, Jobs
 from kvstrata.operations.pins import PinReport, Pins
 from kvstrata.operations.prefixes import PrefixReport, report_prefixes
 from kvstrata.operations.prompts import Coverage, Prompts, hash_tokens
+from kvstrata.operations.quotas import QuotaSettings
 from kvstrata.operations.requests import RequestReport, report_request
 from kvstrata.operations.runtime import Runtime
 from kvstrata.operations.scope import Scope
@@ -39,6 +40,7 @@ class Operations:
         self.jobs = Jobs()
         self.pins = Pins(cache)
         self.prompts = Prompts(cache)
+        self.quotas = QuotaSettings(cache)
         self.runtime = Runtime(cache, self.entries)
         self._verification = Verification(cache, self.entries)
         self._warming = Warming(cache, self.entries, self.prompts)

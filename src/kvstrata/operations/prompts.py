@@ -186,7 +186,7 @@ class _Question:
 
 def hash_tokens(namespace: Namespace, tokens: Sequence[int], salt: str) -> Prefix:
     """The hashes of a prompt without extra keys (images, adapters)."""
-    hasher = PrefixHasher(root_hash(namespace, salt), namespace.layout.block_size)
+    hasher = PrefixHasher(root_hash(namespace, salt), namespace.layout.block_size, salt)
     hasher.extend(tokens)
     return hasher.prefix(tokens)
 

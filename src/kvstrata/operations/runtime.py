@@ -80,7 +80,7 @@ class Runtime:
 
         Raises:
             NotFoundError: a tier in ``bypass`` does not exist.
-            ConflictError: the budget exceeds the pool.
+            ConflictError: the budget exceeds the pool, or is less than quotas reserve.
             OperationError: a value is not allowed.
         """
         with self._lock:
@@ -110,6 +110,11 @@ class Runtime:
         capacity = self._cache.index.allocator.capacity_bytes
         if l1_budget_bytes is not None and l1_budget_bytes < 0:
             raise OperationError("l1_budget_bytes is negative")
+        reserved = self._cache.index.accounts.reserved_bytes
+        if l1_budget_bytes is not None and l1_budget_bytes < reserved:
+            raise ConflictError(
+                f"l1_budget_bytes is {l1_budget_bytes:,}; quotas reserve {reserved:,} bytes of l1: lower them first"
+            )
         if l1_budget_bytes is not None and l1_budget_bytes > capacity:
             raise ConflictError(
                 f"l1_budget_bytes is {l1_budget_bytes:,}; the pool has {capacity:,}, and to make it larger takes "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvstrata.cache.index import Entry
 from kvstrata.errors import OperationError
-from kvstrata.hashing import root_hash
+from kvstrata.hashing import salt_id
 from kvstrata.types import Namespace, parse_key
 
 
@@ -47,15 +47,13 @@ class Scope:
             for namespace in namespaces
             if self.model_name is None or namespace.model_name == self.model_name
         }
-        roots = (
-            None if self.salt is None else {root_hash(n, self.salt) for n in namespaces if id(n) in chosen}
-        )
+        salt = None if self.salt is None else salt_id(self.salt)
         prefix = self.prefix
 
         def matches(entry: Entry) -> bool:
             return (
                 id(entry.namespace) in chosen
-                and (roots is None or entry.root in roots)
+                and (salt is None or entry.salt_id == salt)
                 and (not prefix or entry.namespace.key(entry.chunk_hash, entry.shard).startswith(prefix))
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstrata.errors import ProtocolError
-from kvstrata.types import HASH_BYTES, Namespace, Piece, Prefix
+from kvstrata.types import HASH_BYTES, SALT_ID_BYTES, Namespace, Piece, Prefix
 
 MAX_SHARDS = 4096
 MAX_PAGE_BYTES = 1 << 40
@@ -41,6 +41,7 @@ def check_prefix(namespace: Namespace, prefix: Prefix, first_token: int = 0) -> 
     """Hashes and number of tokens agree, and the token to begin with is one of them."""
     if not 0 <= first_token <= prefix.num_tokens:
         raise ProtocolError(f"token {first_token} of {prefix.num_tokens}")
+    _check_salt_id(prefix.salt_id)
     if len(prefix.root) != HASH_BYTES or len(prefix.block_hashes) % HASH_BYTES:
         raise ProtocolError("hashes of a wrong length")
     if len(prefix.remainder_hash) not in {0, HASH_BYTES}:
@@ -55,10 +56,16 @@ def check_pieces(namespace: Namespace, pieces: Sequence[Piece]) -> None:
     """Pieces of sequences in that namespace."""
     for piece in pieces:
         check_hashes((piece.chunk_hash, piece.parent_hash))
+        _check_salt_id(piece.salt_id)
         if len(piece.tokens_hash) not in {0, HASH_BYTES}:
             raise ProtocolError("a tokens' hash of a wrong length")
         if not 1 <= piece.num_tokens <= namespace.chunk_size or not 0 <= piece.first_token < _MAX_POSITION:
             raise ProtocolError(f"a piece of {piece.num_tokens} tokens at {piece.first_token}")
+
+
+def _check_salt_id(salt_id: bytes) -> None:
+    if len(salt_id) not in {0, SALT_ID_BYTES}:
+        raise ProtocolError("a salt's id of a wrong length")
 
 
 def check_hashes(hashes: Sequence[bytes]) -> None:

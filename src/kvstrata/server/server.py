@@ -199,6 +199,7 @@ class Server:
     def metrics(self) -> bytes:
         """All metrics in the text format of Prometheus."""
         self._counters.update_gauges(self.cache.l1_stats(), len(self._sessions), self.cache.tiers)
+        self._counters.update_quotas(self.cache.quotas.report())
         pins = self.operations.pins.list()
         self._counters.pins.set(len(pins))
         self._counters.pinned_bytes.set(sum(pin.payload_bytes for pin in pins))

@@ -66,7 +66,7 @@ class Prompt:
     def __init__(self, tokens: Sequence[int], namespace: Namespace, salt: str = "") -> None:
         self.tokens = list(tokens)
         self.namespace = namespace
-        hasher = PrefixHasher(root_hash(namespace, salt), namespace.layout.block_size)
+        hasher = PrefixHasher(root_hash(namespace, salt), namespace.layout.block_size, salt)
         hasher.extend(self.tokens)
         self.prefix: Prefix = hasher.prefix(self.tokens)
         chunk_size = namespace.chunk_size

@@ -8,11 +8,12 @@ circuit breaking, codecs, checksums and write policies live once, in ``cache.io`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import msgspec
 
+from kvstrata.quotas import Quota, Usage
 from kvstrata.types import Miss, TierStats
 
 PROBE_KEY = "kvstrata@probe@0@0@0"
@@ -86,6 +87,20 @@ class Tier(ABC):
 
     def close(self) -> None:  # noqa: B027  most tiers have something to release, not all
         """Release connections and files. No other call follows. Idempotent."""
+
+
+class QuotaTier(Tier):
+    """A tier that shares its budget out among salts, whose ids it finds in the headers of frames."""
+
+    @abstractmethod
+    def set_quotas(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> None:
+        """Have these quotas from now on, by the ids of their salts, and ``default`` for each other salt. Evicts
+        what they do not allow. May take as long as a look at every entry.
+        """
+
+    @abstractmethod
+    def usage(self, salt_id: bytes | None) -> Usage:
+        """What a salt with a quota holds; None: all that the default is for, together. Without I/O."""
 
 
 class ExpiringTier(Tier):

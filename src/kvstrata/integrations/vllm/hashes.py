@@ -30,8 +30,8 @@ class RequestHashes:
         self._request = request
         self._namespace = namespace
         self._block_size = namespace.layout.block_size
-        root = root_hash(namespace, request.cache_salt or "")
-        self._hasher = PrefixHasher(root, self._block_size)
+        salt = request.cache_salt or ""
+        self._hasher = PrefixHasher(root_hash(namespace, salt), self._block_size, salt)
         self._mm_index = 0
         # What vLLM turns into extra keys; a request without any needs no look at single blocks.
         self._plain = (
