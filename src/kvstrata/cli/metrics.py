@@ -53,7 +53,7 @@ def reference_text() -> str:
     values = {
         "`tier`": "`l1`, and the names of the configured tiers",
         "`reason` of misses": _listed(reason.value for reason in MissReason),
-        "`reason` of evictions": "`room` for others, `budget` that was lowered",
+        "`reason` of evictions": "`room` for others, `budget` that was lowered, `quota`: the limit of its own salt",
         "`operation`": _listed(OPERATIONS),
         "`move`": f"{_listed(MOVES)}: device to L1, and back",
         "`decision`": _listed(GATE_DECISIONS),
