@@ -216,6 +216,10 @@ def test_names_of_others_are_shown_as_text(browser: Browser, quiet: Served) -> N
         page.get_by_label("Key begins with").fill(HOSTILE)
         page.get_by_role("button", name="Search").click()
         wait_for(page, "#entries", "holds nothing that agrees")
+        page.locator("#prefixes button").first.click()
+        page.get_by_role("button", name="Delete vllm@%3Cimg").first.click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        wait_for(page, "#entries-said", "deleted from l1")
         assert page.locator("img").count() == 1, "only the page's own"
         assert page.title() == "kvstrata"
 
