@@ -81,6 +81,7 @@ remote_serde: "naive"
     ),
     Configuration("server-by-name", connector=SERVER_BY_NAME, server=SERVER, log=("chunks have 32 tokens",)),
     Configuration("chunks-of-8", {"LMCACHE_CHUNK_SIZE": "8"}, log=("chunks have 32 tokens",)),
+    _remote("cachegen", "redis", serde="cachegen", extras=("numpy",)),
     _remote("redis-password", "redis_password"),
     _remote("rediss", "rediss", extras=("cryptography",)),
     _remote("redis-sentinel", "redis_sentinel"),

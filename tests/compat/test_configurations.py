@@ -11,8 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,12 @@ from kvstrata.testing.redis_sentinel import RedisSentinel
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.testing.text import natural_text
 from kvstrata.testing.vllm_server import VLLMServer
+from kvstrata.testing.waiting import wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 ARGS = ("--max-model-len", "1024", "--block-size", "32")
 PROMPT = natural_text(1500)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -181,7 +174,7 @@ def check_two_requests(configuration: Configuration, vllm: VLLMServer, drop_in: 
         second = curl(vllm, f"{PROMPT} And so on.")
         return (second["usage"]["prompt_tokens_details"]["cached_tokens"] or 0) >= 256
 
-    wait_for(hits)
+    wait_until(hits, "a hit", 60)
     check_log(vllm, configuration)
     question = ("--prompt", "Hello", "--max-tokens", "4", "-q")
     asked = _run(drop_in, "lmcache", "query", "engine", "--url", vllm.url, *question)
@@ -210,7 +203,7 @@ def check_fifty_tokens(vllm: VLLMServer) -> None:
     """A prompt that is much shorter than a chunk hits all but its last token, and the log says so."""
     prompt = list(range(1000, 1050))
     vllm.complete(prompt, max_tokens=4)
-    wait_for(lambda: vllm.complete(prompt, max_tokens=4).cached_tokens == 49)
+    wait_until(lambda: vllm.complete(prompt, max_tokens=4).cached_tokens == 49, "49 tokens hit", 60)
     log = vllm.log_path.read_text(errors="replace")
     assert re.search(r"Reqid: \S+, Total tokens 50, \S+ hit tokens: 0, need to load: 0", log)
     assert re.search(r"Storing KV cache for 50 out of 50 tokens for request \S+", log)

@@ -133,6 +133,10 @@ def test_server(server: tuple[str, ServerProcess]) -> None:
 
 
 ASKING = {
+    "quota set tenant --limit-gb 0.01": "tenant",
+    "quota get tenant": "tenant",
+    "quota list": "tenant",
+    "quota delete tenant": "tenant",
     "ping kvcache": "answers: ",
     "describe kvcache": "kvstrata 0.1.0 at ",
     "query kvcache": "file: ",

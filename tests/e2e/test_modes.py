@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ import pytest
 from vllm_engine import Engine, assert_equal_answers
 
 from kvstrata.testing.process import ServerProcess, free_port
-from kvstrata.testing.vllm_server import VLLMServer
 from kvstrata.testing.waiting import wait_until
 
 SHORT = ["--max-model-len", "1024"]
@@ -183,38 +181,3 @@ def test_producer_and_consumer_share_a_server(model: Path, corpus: list[int], tm
         finally:
             producer.stop()
             consumer.stop()
-
-
-LMCACHE_ENVIRONMENT = {
-    "LMCACHE_USE_EXPERIMENTAL": "True",
-    "LMCACHE_CHUNK_SIZE": "256",
-    "LMCACHE_LOCAL_CPU": "False",
-    "LMCACHE_REMOTE_SERDE": "naive",
-}
-
-
-def test_lmcache_settings_run_unchanged(
-    model: Path, corpus: list[int], redis_server: Any, tmp_path: Path
-) -> None:
-    """The environment and the connector's name that users of LMCache have."""
-    env = {**LMCACHE_ENVIRONMENT, "LMCACHE_REMOTE_URL": redis_server.url}
-    connector = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
-    prompt = corpus[7000:7400]
-    with VLLMServer(
-        model, log_path=tmp_path / "vllm.log", connector=connector, env=env, args=SHORT
-    ) as engine:
-        expected = engine.complete(prompt, max_tokens=8)
-        wait_until(lambda: bool(_redis_keys(redis_server.port)), "it is written", 60)
-        wait_until(lambda: engine.complete(prompt, max_tokens=8).cached_tokens == 399, "it is a hit", 60)
-        assert_equal_answers(expected, engine.complete(prompt, max_tokens=8))
-
-
-def _redis_keys(port: int) -> list[str]:
-    script = (
-        "import redis, sys; print(*redis.Redis(port=int(sys.argv[1]), decode_responses=True)"
-        ".scan_iter('vllm@*kv_bytes'), sep='\\n')"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", script, str(port)], capture_output=True, text=True, check=True
-    )
-    return out.stdout.split()

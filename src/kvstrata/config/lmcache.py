@@ -403,7 +403,10 @@ LMCACHE_COMMANDS: dict[str, LMCacheKey] = {
     "lmcache coordinator": LMCacheKey(
         "not supported", "engines share what a tier holds, with nothing between"
     ),
-    "lmcache quota": LMCacheKey("not supported", "no bound per cache_salt"),
+    "lmcache quota set": LMCacheKey("mapped", "kvstrata quota set"),
+    "lmcache quota get": LMCacheKey("mapped", "kvstrata quota get"),
+    "lmcache quota list": LMCacheKey("mapped", "kvstrata quota list"),
+    "lmcache quota delete": LMCacheKey("mapped", "kvstrata quota remove"),
     "lmcache trace": LMCacheKey("not supported", "see `kvstrata explain`"),
     "lmcache tool": LMCacheKey("not supported", "see `kvstrata bench --help`"),
     "lmcache mock": LMCacheKey("not supported", "see `make demo`"),

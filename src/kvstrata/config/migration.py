@@ -74,6 +74,8 @@ meanwhile: their keys differ, and each ignores what the other wrote.
   `/ready`. The other paths are [ours](operations.md).
 - **Memory is bounded.** `lmcache_server` keeps 5 GiB (`--max-size-gb`), least recently used out first;
   LMCache's grows.
+- **Quotas**: `default` is every salt without a quota of its own; LMCache's `_default` is requests without a
+  salt.
 - **Metrics have our names**; rules for Prometheus record some of LMCache's ([metrics](metrics.md),
   `deploy/prometheus`).
 - **No telemetry.**
