@@ -6,6 +6,8 @@ from importlib import metadata
 
 DROP_IN = "kvstrata-lmcache"
 """The distribution that provides the package ``lmcache`` in our name (compat/lmcache)."""
+_LMCACHE = ("lmcache", "lmcache-cli")
+"""The distributions of LMCache that have that package."""
 
 
 def installed_version(distribution: str) -> str | None:
@@ -18,10 +20,12 @@ def installed_version(distribution: str) -> str | None:
 
 def lmcache_conflict() -> str | None:
     """One line when LMCache and our drop-in are both installed, whose files overwrite each other; else None."""
-    lmcache, drop_in = installed_version("lmcache"), installed_version(DROP_IN)
-    if lmcache is None or drop_in is None:
-        return None
-    return (
-        f"lmcache {lmcache} and {DROP_IN} {drop_in} are both installed and overwrite each other's files: "
-        f"'pip uninstall lmcache {DROP_IN}', then install the one that is wanted"
-    )
+    drop_in = installed_version(DROP_IN)
+    for name in _LMCACHE if drop_in is not None else ():
+        version = installed_version(name)
+        if version is not None:
+            return (
+                f"{name} {version} and {DROP_IN} {drop_in} are both installed and overwrite each other's files: "
+                f"'pip uninstall {name} {DROP_IN}', then install the one that is wanted"
+            )
+    return None

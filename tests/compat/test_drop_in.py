@@ -106,6 +106,9 @@ def test_beside_lmcache_it_refuses_in_one_line(drop_in: DropIn, tmp_path: Path) 
         assert command.returncode == 1
         assert command.stderr.startswith(f"lmcache: {line}")
         assert len(command.stderr.splitlines()) == 1
+    program = "from kvstrata.distributions import lmcache_conflict; print(lmcache_conflict())"
+    light = distribution(tmp_path / "light", "lmcache_cli", "0.5.7")
+    assert run(drop_in, program, light).stdout.startswith("lmcache-cli 0.5.7 and kvstrata-lmcache ")
     program = """
 from kvstrata.doctor.engine import _check_lmcache
 for finding in _check_lmcache():

@@ -97,6 +97,7 @@ _NOT_NEEDED: dict[str, tuple[str, ...]] = {
         "use_experimental",
         "track_usage",
         "usage_track_url",
+        "usage_track_interval",
         "disable_banner",
         "request_telemetry_type",
         "request_telemetry_endpoint",
@@ -152,6 +153,14 @@ _NOT_SUPPORTED: dict[str, tuple[str, ...]] = {
         "lmcache_worker_heartbeat_delay_time",
         "lmcache_worker_heartbeat_time",
     ),
+    "LMCache's coordinator": (
+        "coordinator_url",
+        "coordinator_advertise_ip",
+        "coordinator_heartbeat_interval",
+        "coordinator_event_reporting",
+        "coordinator_event_flush_interval",
+    ),
+    "vLLM's own client of LMCache's server": ("use_upstream_mp",),
     "GPUDirect storage": ("gds_path", "gds_path_sharding", "gds_buffer_size", "use_gds", "gds_backend"),
     "the Maru backend": ("maru_path", "maru_pool_size"),
     "an API inside the engine (see `http_port`)": (
