@@ -13,7 +13,7 @@ import msgspec
 import xxhash
 
 from kvstrata.errors import FrameError
-from kvstrata.types import MissReason
+from kvstrata.types import SALT_ID_BYTES, MissReason
 
 MAGIC = b"KVST"
 FRAME_VERSION = 1
@@ -22,8 +22,9 @@ MAX_GROWTH_BYTES = 64
 """An encoded payload is at most this much larger than the payload. Every slot has that much room behind it, so that
 a frame of any codec can be read into it."""
 
-_FIELDS = struct.Struct("<4sHHIIQIIQQ16s32s32s16sQ16s16s32s")
+_FIELDS = struct.Struct("<4sHHIIQIIQQ16s32s32s16sQ16s16s32s16s")
 _TOKENS_HASH_AT = struct.calcsize("<4sHHIIQIIQQ16s32s")
+_SALT_ID_AT = struct.calcsize("<4sHHIIQIIQQ16s32s32s16sQ16s16s32s")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_AT = HEADER_BYTES - _CHECKSUM.size
 
@@ -33,7 +34,8 @@ class FrameHeader(msgspec.Struct, frozen=True):
 
     Little-endian: magic, version, header bytes, KV cache group, shard, first token, tokens, block size,
     payload bytes, encoded bytes, layout fingerprint, chunk hash, tokens hash, checksum of the encoded
-    payload (xxh3-128), creation time, codec, dtype, codec parameters, padding, checksum of the header.
+    payload (xxh3-128), creation time, codec, dtype, codec parameters, id of the salt, padding, checksum of
+    the header.
     """
 
     shard: int
@@ -56,6 +58,8 @@ class FrameHeader(msgspec.Struct, frozen=True):
     codec_parameters: str = ""
     group: int = 0
     """KV cache group, for hybrid models; 0 for plain ones."""
+    salt_id: bytes = b""
+    """Whose it is (``hashing.salt_id``), for quotas; empty: nobody's, or not known."""
 
     def pack_into(self, buffer: memoryview) -> None:
         """Write the header to the first :data:`HEADER_BYTES` bytes of ``buffer``."""
@@ -80,6 +84,7 @@ class FrameHeader(msgspec.Struct, frozen=True):
             self.codec.encode(),
             self.dtype.encode(),
             self.codec_parameters.encode(),
+            self.salt_id,
         )
         buffer[_FIELDS.size : _CHECKSUM_AT] = bytes(_CHECKSUM_AT - _FIELDS.size)
         _CHECKSUM.pack_into(buffer, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(buffer[:_CHECKSUM_AT]))
@@ -119,6 +124,7 @@ class FrameHeader(msgspec.Struct, frozen=True):
             codec=_text(fields[15]),
             dtype=_text(fields[16]),
             codec_parameters=_text(fields[17]),
+            salt_id=fields[18] if any(fields[18]) else b"",
         )
 
 
@@ -130,6 +136,14 @@ def room_bytes(payload_bytes: int) -> int:
 def tokens_hash_in(frame: memoryview) -> bytes:
     """The tokens' hash that a header says, without a look at the rest of it; for searches."""
     return bytes(frame[_TOKENS_HASH_AT : _TOKENS_HASH_AT + 32])
+
+
+def salt_id_in(frame: memoryview) -> bytes:
+    """Whose a frame says that it is; empty when it does not, or is none. Without a look at the rest of it."""
+    if len(frame) < HEADER_BYTES or frame[: len(MAGIC)] != MAGIC:
+        return b""
+    salt_id = bytes(frame[_SALT_ID_AT : _SALT_ID_AT + SALT_ID_BYTES])
+    return salt_id if any(salt_id) else b""
 
 
 def _text(field: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from kvstrata.cache.cache import Cache
 from kvstrata.cache.index import Index, State
 from kvstrata.config import DEFAULT_QUOTA, QuotaConfig
 from kvstrata.errors import NotFoundError, OperationError
+from kvstrata.frame import HEADER_BYTES
 from kvstrata.hashing import salt_id
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.lru import LRUPolicy
@@ -18,6 +20,7 @@ from kvstrata.quotas import Quota
 from kvstrata.testing.client import CHUNK_SIZE, Prompt, make_namespace, payload_of, prompt
 from kvstrata.testing.core import frame_bytes, open_core, settle, store, wait_lookup
 from kvstrata.tiers.dict import DictTier
+from kvstrata.tiers.disk import DiskOptions, DiskTier
 from kvstrata.types import MissReason, Piece
 
 SPACE = make_namespace()
@@ -156,6 +159,26 @@ def test_loading_back_keeps_the_limit_and_says_why_it_ends() -> None:
         hit = wait_lookup(cache, "o", "r", cache.intern(SPACE), long.prefix)
         assert (hit.num_tokens, hit.miss_reason) == (2 * CHUNK_SIZE, MissReason.SALT_QUOTA)
         assert cache.quotas.report()[0].used_bytes == 2 * SLOT
+
+
+def test_a_disk_keeps_quotas_too_and_knows_whose_files_are_after_a_restart(tmp_path: Path) -> None:
+    frame = HEADER_BYTES + SPACE.layout.payload_bytes(CHUNK_SIZE)
+    acme = QuotaConfig(name="acme", tiers={"tier0": Quota(3 * frame, 4 * frame)})
+    options = DiskOptions(path=str(tmp_path), max_bytes=6 * frame)
+    with open_core([DiskTier(options)], pool_bytes=POOL_CHUNKS * SLOT) as cache:
+        put(cache, *chunks("acme", range(5)))
+        settle(cache)
+    disk = DiskTier(options)
+    with open_core([disk], pool_bytes=POOL_CHUNKS * SLOT) as cache:
+        cache.quotas.put(acme)
+        (row,) = cache.quotas.report()
+        assert (row.tier, row.num_entries, row.used_bytes) == ("tier0", 4, 4 * frame)
+        put(cache, *chunks("noisy", range(8)))
+        settle(cache)
+        assert disk.usage(salt_id("acme")).num_entries == 3
+        cache.clear(tiers=False)
+        assert [why(cache, each) for each in chunks("acme", range(5))].count(None) == 3
+        assert disk.usage(salt_id("acme")).num_entries == 3, "loading them has not changed whose they are"
 
 
 def test_leases_outlive_a_lowered_limit() -> None:

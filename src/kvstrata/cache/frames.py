@@ -57,6 +57,7 @@ def transfer_of(pool: memoryview, entry: Entry, tokens_hash: bytes, created_at: 
             created_at=created_at,
             codec=NaiveCodec.name,
             dtype=layout.dtype,
+            salt_id=entry.salt_id,
         ),
     )
 

@@ -82,7 +82,9 @@ class SaltQuotas:
             raise OperationError(f"quota {config.name!r} is not allowed: {fault}")
         for tier in config.tiers:
             if tier != L1 and tier not in self._tiers:
-                raise OperationError(f"quota {config.name!r} is not allowed: tier {tier} keeps no quotas")
+                raise OperationError(
+                    f"quota {config.name!r} is not allowed: tier {tier} keeps no quotas; l1 and disk tiers do"
+                )
 
     def _check_reserved(self, tier: str, configs: dict[str, QuotaConfig]) -> None:
         reserved = sum(

@@ -11,7 +11,7 @@ from kvstrata.cli.output import AsJson, print_json, print_table
 from kvstrata.cli.status import size
 
 app = typer.Typer(
-    help="See and set what each cache_salt may hold of a tier.",
+    help="See and set what each cache_salt may hold of l1 and of disk tiers.",
     epilog="Example: kvstrata quota set acme --salt-file acme.salt --reserved-gb 4 --limit-gb 8",
     no_args_is_help=True,
 )
@@ -41,7 +41,7 @@ def get(name: QuotaName, url: Url = None, token_file: TokenFile = None, as_json:
         _print([found])
 
 
-@app.command("set", epilog="Example: kvstrata quota set acme --limit-gb 50")
+@app.command("set", epilog="Example: kvstrata quota set acme --tier disk --limit-gb 50")
 def set_quota(
     name: Annotated[
         str,

@@ -113,7 +113,7 @@ class QuotaBody(Body):
     salt: Salt | None = None
     """The ``cache_salt``; null: what it was, or the quota's name. Empty: requests without a salt."""
     tiers: Annotated[dict[Name, QuotaAmounts], Field(min_length=1, max_length=100)]
-    """Tier -> amounts; tiers that are not named are not bounded."""
+    """Tier -> amounts; tiers that are not named are not bounded. Possible for ``l1`` and disk tiers."""
 
 
 class RuntimeBody(Body):

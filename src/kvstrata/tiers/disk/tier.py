@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from kvstrata.errors import ConfigError, TierFull
-from kvstrata.tiers.base import Tier, TierOptions
+from kvstrata.frame import HEADER_BYTES, salt_id_in
+from kvstrata.quotas import Quota, Usage
+from kvstrata.tiers.base import QuotaTier, TierOptions
 from kvstrata.tiers.disk.index import Index
 from kvstrata.tiers.disk.staging import STAGING, Staging
 from kvstrata.tiers.files import FULL, allocate, key_files, read_into, rename_into, translated, write_all
@@ -41,7 +43,7 @@ class DiskOptions(TierOptions, frozen=True, kw_only=True):
     """Wait for the device on each write. Without it a power failure turns recent frames into misses."""
 
 
-class DiskTier(Tier):
+class DiskTier(QuotaTier):
     """Frames in files, bounded in bytes, least recently used evicted first."""
 
     kind: ClassVar[str] = "disk"
@@ -78,7 +80,7 @@ class DiskTier(Tier):
         found.sort()
         for _, key, size in found:
             self._index.used(key, size, 0.0)
-        self._unlink(self._index.reserve(0))
+        self._unlink(self._index.trim())
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         """See :class:`Tier`. From the index, or with the option ``shared`` from the file system."""
@@ -105,7 +107,7 @@ class DiskTier(Tier):
             count = self._load(fd, buffer, self._index.size(key))
             if count > len(buffer):
                 return Miss(MissReason.CORRUPT, f"file larger than {len(buffer)} bytes")
-            if self._index.used(key, count, time.monotonic()):
+            if self._index.used(key, count, time.monotonic(), salt_id_in(buffer[:count])):
                 _touch(fd)
         finally:
             os.close(fd)
@@ -129,15 +131,20 @@ class DiskTier(Tier):
         size = len(frame)
         if size > self.options.max_bytes:
             raise TierFull(f"frame of {size} bytes, disk budget of {self.options.max_bytes} bytes")
-        self._unlink(self._index.reserve(size))
+        salt_id = salt_id_in(frame)
+        victims, fits = self._index.reserve(size, salt_id)
+        self._unlink(victims)
+        if not fits:
+            return  # as if it had been evicted at once: that is what its quota, or those of others, ask for
         try:
-            self._with_room(size, lambda: self._write_file(f"{self._root}/{path}", frame))
-        finally:
-            self._index.unreserve(size)
-        self._index.used(key, size, time.monotonic())
-        self._unlink(self._index.reserve(0))  # what writers that began together have too much
+            self._with_room(size, salt_id, lambda: self._write_file(f"{self._root}/{path}", frame))
+        except BaseException:
+            self._index.unreserve(size, salt_id)
+            raise
+        self._index.written(key, size, salt_id, time.monotonic())
+        self._unlink(self._index.trim())
 
-    def _with_room(self, size: int, write: Callable[[], None]) -> None:
+    def _with_room(self, size: int, salt_id: bytes, write: Callable[[], None]) -> None:
         """Call ``write``; while the device is full, evict and try again."""
         while True:
             try:
@@ -145,7 +152,7 @@ class DiskTier(Tier):
             except OSError as error:
                 if error.errno not in FULL:
                     raise
-                victims = self._index.evict(size)
+                victims = self._index.evict(size, salt_id)
                 if not victims:
                     raise TierFull(f"no room on the device of {self._root}: {error.strerror}") from error
                 self._unlink(victims)
@@ -212,6 +219,25 @@ class DiskTier(Tier):
         """See :class:`Tier`. What this process knows of, without a look at the directory."""
         entries, used = self._index.totals()
         return TierStats(entries=entries, used_bytes=used, budget_bytes=self.options.max_bytes)
+
+    def set_quotas(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> None:
+        """See :class:`QuotaTier`. The first time, the headers of files from before this process are read."""
+        if quotas or default is not None:
+            self._index.own({key: self._owner(key) for key in self._index.ownerless()})
+        with translated("delete", self._root):
+            self._unlink(self._index.set_quotas(quotas, default))
+
+    def _owner(self, key: str) -> bytes:
+        """The id of the salt in a file's header; none when it cannot be read."""
+        try:
+            with Path(f"{self._root}/{key_path(key)}").open("rb", buffering=0) as file:
+                return salt_id_in(memoryview(file.read(HEADER_BYTES)))
+        except OSError:
+            return b""
+
+    def usage(self, salt_id: bytes | None) -> Usage:
+        """See :class:`QuotaTier`."""
+        return self._index.usage(salt_id)
 
     def describe(self) -> str:
         return f"disk {self._root}"
