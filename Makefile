@@ -44,9 +44,10 @@ types: setup-tools ## mypy
 contracts: setup-tools ## import-linter: which layer may import which
 	$(BIN)/lint-imports
 
-chart: ## Copy Prometheus' rules and Grafana's dashboard into the Helm chart
+chart: setup-tools ## Copy Prometheus' rules, Grafana's dashboard and the settings' schema into the Helm chart
 	cp deploy/prometheus/*.yaml deploy/helm/kvstrata/files/prometheus/
 	cp deploy/grafana/*.json deploy/helm/kvstrata/files/grafana/
+	$(BIN)/python scripts/chart_schema.py
 
 format: setup-tools ## Put the code into shape
 	$(BIN)/ruff check --fix .

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from kvstrata.config.schema import settings_schema
 
 pytestmark = pytest.mark.deploy
 
@@ -302,6 +305,19 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"externalRedis": {"url": "http://x"}}, ["/externalRedis/url"]),
     ({"externalRedis": {"url": "redis://:s3cret@x"}}, ["externalRedis.existingSecret", "$(REDIS_PASSWORD)"]),
     ({"externalRedis": {"url": "redis://:$(REDIS_PASSWORD)@x"}}, ["externalRedis.existingSecret"]),
+    ({"lmcache": {"enabled": True, "maxMemory": "0"}}, ["lmcache.maxMemory=0", "at least 64mb"]),
+    ({"lmcache": {"enabled": True, "maxMemory": "1kb"}}, ["lmcache.maxMemory=1kb"]),
+    ({"lmcache": {"enabled": True, "storage": {"size": "0Gi"}}}, ["lmcache.storage.size=0Gi"]),
+    (
+        {"lmcache": {"enabled": True, "resources": {"requests": {"memory": "1Mi"}, "limits": {"memory": "9Mi"}}}},
+        ["lmcache.resources.limits.memory=9Mi", "headroomPercent"],
+    ),
+    ({"lmcache": {"headroomPercent": 150}}, ["/lmcache/headroomPercent", "maximum"]),
+    ({"server": {"l1SizeGb": "20"}}, ["/server/l1SizeGb", "integer"]),
+    ({"server": {"l1SizeGb": 0}}, ["/server/l1SizeGb", "minimum"]),
+    ({"server": {"settings": {"chunk_sise": 256}}}, ["/server/settings", "chunk_sise"]),
+    ({"server": {"settings": {"chunk_size": "many"}}}, ["/server/settings/chunk_size", "integer"]),
+    ({"server": {"settings": {"chunk_size": 0}}}, ["/server/settings/chunk_size", "minimum"]),
     ({"server": {"enabled": True}}, ["image.repository", "Containerfile.server"]),
     ({"server": {"runAsUser": 0}}, ["/server/runAsUser"]),
     ({"server": {"sharing": "shm"}}, ["/server/sharing", "hostPath"]),
@@ -321,6 +337,11 @@ def test_wrong_values_are_refused_by_name(
     for text in expected:
         assert text in str(caught.value)
     assert "s3cret" not in str(caught.value)
+
+
+def test_the_schema_knows_the_settings() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert schema["properties"]["server"]["properties"]["settings"] == settings_schema(), "run: make chart"
 
 
 def test_helm_has_nothing_to_complain_about() -> None:

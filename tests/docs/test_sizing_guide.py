@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from transcripts import Step, steps
 
 from kvstrata.cli import main
+from kvstrata.testing.transcripts import Step, steps
 
 GUIDE = Path(__file__).parents[2] / "docs" / "sizing.md"
 CONFIG = {

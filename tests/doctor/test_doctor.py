@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,27 @@ def found(config: Path | None, check: str, *files: Path) -> list[Finding]:
     for finding in findings:
         assert finding.remedy or finding.level is Level.OK, finding
     return [finding for finding in findings if finding.check == check]
+
+
+@pytest.mark.parametrize(
+    ("config", "l1_gib", "level", "said"),
+    [
+        ({}, 1, Level.OK, "131,072 bytes of KV per token, L1 holds 7,936 tokens"),
+        ({}, 0.01, Level.ERROR, "L1 holds 0 tokens"),
+        ({"sliding_window": 4096}, 1, Level.ERROR, "a sliding window (4096 tokens) is not supported"),
+        ({"num_hidden_layers": "many"}, 1, Level.ERROR, "num_hidden_layers = 'many'"),
+    ],
+)
+def test_the_model(config: dict[str, Any], l1_gib: float, level: Level, said: str, tmp_path: Path) -> None:
+    llama = {"model_type": "llama", "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}
+    llama |= {"num_key_value_heads": 8, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(llama | config))
+    (tmp_path / "kvstrata.yaml").write_text(f"max_local_cpu_size: {l1_gib}")
+    findings = examine(tmp_path / "kvstrata.yaml", engine=False, model=tmp_path)
+    (finding,) = [each for each in findings if each.check == "model"]
+    assert finding.level is level
+    assert said in finding.found
+    assert finding.remedy or level is Level.OK
 
 
 def test_kernels() -> None:

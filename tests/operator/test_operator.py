@@ -13,13 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
+from kvstrata.operator.api import Access, Api
 from kvstrata.operator.conditions import Condition, merged
+from kvstrata.operator.manifests import labels
+from kvstrata.operator.options import Options
 from kvstrata.operator.probes import cache_reachable, connector_active
+from kvstrata.operator.reconcile import reconcile
 from kvstrata.testing.kubernetes_api import KubernetesApi
 from kvstrata.testing.process import ServerProcess, free_port
 from kvstrata.testing.redis_server import RedisServer
 
 GROUP = "greenthread.ai"
+NOBODY = "redis://127.0.0.1:1"
 MODEL = {
     "apiVersion": f"{GROUP}/v1alpha1",
     "kind": "Model",
@@ -194,6 +199,67 @@ class TestOperator:
         # The remedy helps.
         api.delete("services", "llama-3-1-8b")
         until(lambda: condition(api, "Accepted") == "True Valid", "the name is free")
+
+
+def examined(api: KubernetesApi) -> dict[str, dict[str, Any]]:
+    """The conditions after a look at the Model."""
+    options = Options(namespace="greenthread-system", group=GROUP, image="i:1", remote_url=NOBODY)
+    reconcile(Api(Access(api.url), "greenthread-system"), "llama-3-1-8b", options)
+    return {each["type"]: each for each in api.get("models", "llama-3-1-8b")["status"]["conditions"]}
+
+
+class TestStatus:
+    @pytest.mark.parametrize("status", [400, 403, 422])
+    def test_what_kubernetes_refuses_is_a_condition(self, api: KubernetesApi, status: int) -> None:
+        api.put("models", MODEL)
+        api.failures[:] = [status]
+        accepted = examined(api)["Accepted"]
+        assert (accepted["status"], accepted["reason"]) == ("False", "Refused")
+        assert f"{status} refused by the test" in accepted["message"]
+        assert examined(api)["Accepted"]["status"] == "True"
+
+    def test_it_says_why_pods_wait(self, api: KubernetesApi) -> None:
+        """A missing Secret, an image that cannot be had, a container that ends, no node."""
+        api.put("models", MODEL)
+        for number, status in enumerate(
+            (
+                {
+                    "containerStatuses": [
+                        waiting("CreateContainerConfigError", 'secret "hf-secret" not found')
+                    ]
+                },
+                {"containerStatuses": [waiting("ImagePullBackOff", "Back-off pulling image")]},
+                {"containerStatuses": [waiting("CrashLoopBackOff", "back-off 10s", ended="OOMKilled")]},
+                {"containerStatuses": [waiting("ContainerCreating", "")]},
+                {
+                    "conditions": [
+                        {
+                            "type": "PodScheduled",
+                            "status": "False",
+                            "reason": "Unschedulable",
+                            "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+                        }
+                    ]
+                },
+            )
+        ):
+            metadata = {"name": f"p{number}", "labels": labels("llama-3-1-8b")}
+            api.put("pods", {"metadata": metadata, "status": status})
+        message = examined(api)["Ready"]["message"]
+        assert message.startswith("0 of 1 pods are ready; ")
+        for said in (
+            'CreateContainerConfigError: secret "hf-secret" not found',
+            "ImagePullBackOff",
+            "CrashLoopBackOff: back-off 10s (ended: OOMKilled)",
+            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        ):
+            assert said in message
+        assert "ContainerCreating" not in message
+
+
+def waiting(reason: str, message: str, ended: str = "") -> dict[str, Any]:
+    status: dict[str, Any] = {"state": {"waiting": {"reason": reason, "message": message}}}
+    return status | ({"lastState": {"terminated": {"reason": ended}}} if ended else {})
 
 
 class TestProbes:

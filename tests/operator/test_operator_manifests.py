@@ -11,7 +11,8 @@ import yaml
 
 from kvstrata.operator.manifests import manifests
 from kvstrata.operator.options import Options
-from kvstrata.operator.spec import KVCacheSpec, ModelSpec, SpecError, parse_spec
+from kvstrata.operator.quantities import parse_quantity
+from kvstrata.operator.spec import CACHE_ENV, KVCacheSpec, ModelSpec, SpecError, parse_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = Options(namespace="greenthread-system", image="registry.example.net/vllm:1")
@@ -115,7 +116,27 @@ REFUSED = [
     ({}, ["modelName"]),
     ({**SPEC, "tensorParallelSize": 0}, ["spec.tensorParallelSize"]),
     ({**SPEC, "replicas": -1}, ["spec.replicas"]),
-    ({**SPEC, "kvcache": {}}, ["kvcache"]),
+    ({**SPEC, "kvcache": {}}, ["kvcache", "did you mean 'kvCache'"]),
+    ({**SPEC, "kvCache": {"chunk_size": 1}}, ["spec.kvCache", "did you mean 'chunkSize'"]),
+    ({**SPEC, "kvCache": {"serde": "zsdt"}}, ["spec.kvCache.serde", "zstd"]),
+    ({**SPEC, "resources": {"limits": {"memory": "80gb"}}}, ["spec.resources.limits.memory", "80Gi"]),
+    ({**SPEC, "resources": {"requests": {"cpu": "many"}}}, ["spec.resources.requests.cpu"]),
+    (
+        {**SPEC, "kvCache": {"enabled": True, "localCpuGb": 10}, "resources": {"limits": {"memory": "10Gi"}}},
+        ["spec.kvCache.localCpuGb=10", "spec.resources.limits.memory=10Gi", "raise the limit"],
+    ),
+    (
+        {**SPEC, "tensorParallelSize": 4, "resources": {"limits": {"nvidia.com/gpu": 2}}},
+        ["spec.resources.limits.nvidia.com/gpu", "spec.tensorParallelSize=4"],
+    ),
+    ({**SPEC, "args": ["--port=9"]}, ["spec.args", "--port"]),
+    ({**SPEC, "args": ["--tensor_parallel_size", "2"]}, ["spec.args", "spec.tensorParallelSize"]),
+    ({**SPEC, "env": [{"value": "x"}]}, ["spec.env[0]", "no name"]),
+    ({**SPEC, "env": [{"name": "A"}, {"name": "A"}]}, ["spec.env[1]", "A is set by an item before it"]),
+    (
+        {**SPEC, "kvCache": {"enabled": True}, "env": [{"name": "LMCACHE_CHUNK_SIZE", "value": "1"}]},
+        ["spec.env[0]", "LMCACHE_CHUNK_SIZE is set by kvCache"],
+    ),
     ({**SPEC, "kvCache": {"chunkSize": 0}}, ["spec.kvCache.chunkSize"]),
     ({**SPEC, "kvCache": {"enabled": True, "remoteUrl": "nope://:s3cret@x"}}, ["spec.kvCache.remoteUrl"]),
     ({**SPEC, "kvCache": {"enabled": True, "remoteUrl": "redis://:$(REDIS_PASSWORD)@x"}}, ["no Secret"]),
@@ -133,6 +154,29 @@ def test_wrong_fields_are_named(spec: dict[str, Any], expected: list[str]) -> No
     for text in expected:
         assert text in str(caught.value)
     assert "s3cret" not in str(caught.value)
+
+
+def test_what_the_cache_does_not_set_may_be_set() -> None:
+    names = ("LMCACHE_LOG_LEVEL", "KVSTRATA_GATE")
+    env = [{"name": name, "value": "x"} for name in names]
+    made = container({**SPEC, "kvCache": {"enabled": True, "localCpuGb": 1, "ttlSeconds": 1}, "env": env})
+    assert all(each in made["env"] for each in env)
+    set_by_the_cache = {each["name"] for each in made["env"]} - {"HOME", *names}
+    assert set_by_the_cache <= CACHE_ENV
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("80Gi", 80 * 2**30), ("500m", 0.5), ("2e3", 2000), (4, 4), (".5Ki", 512), ("1M", 1e6)],
+)
+def test_quantities(text: object, value: float) -> None:
+    assert parse_quantity(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["80gb", "80 Gi", "-1", "", "Gi", True, None, "1e999", "1Zi"])
+def test_what_is_no_quantity(text: object) -> None:
+    with pytest.raises(ValueError, match="no quantity of Kubernetes"):
+        parse_quantity(text)
 
 
 def test_without_any_image_the_remedy_is_named() -> None:

@@ -23,6 +23,10 @@ def doctor(
     skip_engine: Annotated[
         bool, typer.Option("--skip-engine", help="Do not import vLLM, which takes seconds.")
     ] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="PATH", help="Its config.json: is it cached, does it fit?"),
+    ] = None,
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
@@ -31,7 +35,7 @@ def doctor(
     Looks only, writes nothing. Exit status 1 when there is an error.
     """
     found = []
-    for finding in examine(config_file, files or (), engine=not skip_engine):
+    for finding in examine(config_file, files or (), engine=not skip_engine, model=model):
         found.append(finding)
         if not as_json:
             print(f"{finding.level:<8} {finding.check}: {finding.found}")

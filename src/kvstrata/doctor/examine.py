@@ -10,17 +10,19 @@ from kvstrata.config import Resolved, load_settings, tier_configs
 from kvstrata.doctor.engine import check_engine
 from kvstrata.doctor.finding import Finding, Level
 from kvstrata.doctor.machine import check_clock, check_files, check_kernel, check_memory, check_shm
+from kvstrata.doctor.model import check_model
 from kvstrata.doctor.reach import check_http, check_tier
 from kvstrata.doctor.units import check_units
 from kvstrata.errors import ConfigError, PluginError
 
 
 def examine(
-    config_file: Path | None, files: Iterable[Path] = (), *, engine: bool = True
+    config_file: Path | None, files: Iterable[Path] = (), *, engine: bool = True, model: Path | None = None
 ) -> Iterator[Finding]:
     """Check this machine, the configuration and other ``files`` (a chart's values, a redis.conf).
 
     Tiers are asked whether they answer; nothing is written. ``engine``: also import vLLM, which takes seconds.
+    ``model``: the ``config.json`` of what is to be served.
     """
     yield check_kernel()
     yield check_files()
@@ -37,6 +39,8 @@ def examine(
         )
     if resolved is not None:
         yield from _check_configured(resolved)
+        if model is not None:
+            yield check_model(model, resolved.settings)
     if engine:
         yield from check_engine()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 from kvstrata.config import mask, tier_from_url
@@ -18,6 +19,8 @@ from kvstrata.tiers.open import open_tier
 TIMEOUT_SECONDS = 3.0
 _METRIC = "vllm:kvstrata_"
 _MAX_METRICS_BYTES = 16 << 20
+_MAX_REASONS = 500
+_STARTING = frozenset({"ContainerCreating", "PodInitializing"})
 
 
 def cache_reachable(url: str) -> Condition:
@@ -54,6 +57,24 @@ def connector_active(pods: list[dict[str, Any]], port: int = PORT) -> Condition:
         )
         return Condition("ConnectorActive", met=False, reason="NotLoaded", message=message)
     return Condition("ConnectorActive", met=True, reason="Loaded", message=f"in {len(ready)} pods")
+
+
+def why_waiting(pods: list[dict[str, Any]]) -> str:
+    """What keeps pods from running, in Kubernetes' words: a missing Secret, an image, no node; or nothing."""
+    reasons = dict.fromkeys(reason for pod in pods for reason in _reasons(pod.get("status", {})))
+    return "; ".join(reasons)[:_MAX_REASONS]
+
+
+def _reasons(status: dict[str, Any]) -> Iterator[str]:
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            yield f"{condition.get('reason', '')}: {condition.get('message', '')}"
+    for container in status.get("containerStatuses", []):
+        waiting = container.get("state", {}).get("waiting", {})
+        if waiting.get("reason", "ContainerCreating") not in _STARTING:
+            ended = container.get("lastState", {}).get("terminated", {}).get("reason")
+            said = f"{waiting['reason']}: {waiting.get('message', '')}"
+            yield f"{said} (ended: {ended})" if ended else said
 
 
 def is_ready(pod: dict[str, Any]) -> bool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from kvstrata.operator.api import Api
+from kvstrata.errors import KVStrataError
+from kvstrata.operator.api import Api, ApiError
 from kvstrata.operator.conditions import Condition, Status, merged
 from kvstrata.operator.manifests import labels, manifests, remote_url
 from kvstrata.operator.options import PLURAL, Options
-from kvstrata.operator.probes import cache_reachable, connector_active
+from kvstrata.operator.probes import cache_reachable, connector_active, why_waiting
 from kvstrata.operator.spec import ModelSpec, SpecError, parse_spec
 
 log = logging.getLogger(__name__)
+_REFUSALS = frozenset({400, 403, 422})
+"""Statuses of answers that asking again does not change: a wrong object, a quota, an admission policy."""
 
 
 def reconcile(api: Api, name: str, options: Options) -> None:
@@ -38,21 +41,33 @@ def _examine(api: Api, model: dict[str, Any], options: Options) -> tuple[Status,
         wanted = manifests(name, uid, spec, options)
         _check_owners(api, wanted, uid)
     except SpecError as error:
-        log.warning("%s: %s", name, error)
-        refused = Condition("Accepted", met=False, reason="Invalid", message=str(error))
-        return {}, [refused, Condition("Ready", met=False, reason="NotAccepted")]
-    deployment, _service = [api.apply(each) for each in wanted]
+        return _not_accepted(name, "Invalid", error)
+    try:
+        deployment, _service = [api.apply(each) for each in wanted]
+    except ApiError as error:
+        if error.status not in _REFUSALS:
+            raise
+        return _not_accepted(name, "Refused", error)
     ready = deployment.get("status", {}).get("readyReplicas", 0)
+    pods = api.list("v1", "pods", labels(name)) if spec.kv_cache.enabled or ready < spec.replicas else []
+    all_ready = ready >= spec.replicas
+    reasons = "" if all_ready else why_waiting(pods)
     conditions = [
         Condition("Accepted", met=True, reason="Valid"),
         Condition(
             "Ready",
-            met=ready >= spec.replicas,
-            reason="PodsReady" if ready >= spec.replicas else "PodsNotReady",
-            message=f"{ready} of {spec.replicas} pods are ready",
+            met=all_ready,
+            reason="PodsReady" if all_ready else "PodsNotReady",
+            message=f"{ready} of {spec.replicas} pods are ready" + (f"; {reasons}" if reasons else ""),
         ),
     ]
-    return {"replicas": spec.replicas, "readyReplicas": ready}, conditions + _cache(api, name, spec, options)
+    return {"replicas": spec.replicas, "readyReplicas": ready}, conditions + _cache(pods, spec, options)
+
+
+def _not_accepted(name: str, reason: str, error: KVStrataError) -> tuple[Status, list[Condition]]:
+    log.warning("%s: %s", name, error)
+    refused = Condition("Accepted", met=False, reason=reason, message=str(error))
+    return {}, [refused, Condition("Ready", met=False, reason="NotAccepted")]
 
 
 def _check_owners(api: Api, wanted: list[dict[str, Any]], uid: str) -> None:
@@ -71,11 +86,10 @@ def _check_owners(api: Api, wanted: list[dict[str, Any]], uid: str) -> None:
             )
 
 
-def _cache(api: Api, name: str, spec: ModelSpec, options: Options) -> list[Condition]:
+def _cache(pods: list[dict[str, Any]], spec: ModelSpec, options: Options) -> list[Condition]:
     if not spec.kv_cache.enabled:
         return [
             Condition("CacheReachable", met=None, reason="CacheDisabled"),
             Condition("ConnectorActive", met=False, reason="CacheDisabled"),
         ]
-    pods = api.list("v1", "pods", labels(name))
     return [cache_reachable(remote_url(spec, options)), connector_active(pods)]
