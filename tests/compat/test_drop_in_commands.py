@@ -148,20 +148,28 @@ def test_commands_that_ask_a_server(
     drop_in: DropIn, server: tuple[str, ServerProcess], tmp_path: Path
 ) -> None:
     url, gone = server[0], f"http://127.0.0.1:{free_port()}"
-    for command, expected in ASKING.items():
-        done = run(drop_in, "lmcache", *command.split(), "--url", url)
-        assert done.returncode == 0, done.stderr
-        assert expected in done.stdout
-    bases = {command: ["lmcache", *command.split(), "--url"] for command in ASKING}
-    quiet = run_all(drop_in, *([*base, url.removeprefix("http://"), "-q"] for base in bases.values()))
-    assert quiet == [(0, "", "")] * len(ASKING)
-    saving = ("--format", "json", "--output")
-    saved = run_all(drop_in, *([*base, url, *saving, str(tmp_path / name)] for name, base in bases.items()))
-    assert saved == [(0, "", "")] * len(ASKING)
-    assert all(isinstance(json.loads((tmp_path / name).read_text()), dict) for name in ASKING)
-    for status, out, err in run_all(drop_in, *([*base, gone] for base in bases.values())):
+    done = run(drop_in, "lmcache", "ping", "kvcache", "--url", url)
+    assert done.returncode == 0, done.stderr
+    assert "answers: " in done.stdout
+    bases = [["lmcache", *command.split(), "--url"] for command in ASKING]
+    files = [tmp_path / str(number) for number in range(len(bases))]
+    saving = ["--format", "json", "--output"]
+    found = run_all(
+        drop_in,
+        *([*base, url] for base in bases),
+        *([*base, gone] for base in bases),
+        *([*base, url.removeprefix("http://"), "-q"] for base in bases),
+        *([*base, url, *saving, str(file)] for base, file in zip(bases, files, strict=True)),
+    )
+    shown, refused, quiet, saved = (found[len(bases) * part :][: len(bases)] for part in range(4))
+    for (status, out, err), expected in zip(shown, ASKING.values(), strict=True):
+        assert status == 0, err
+        assert expected in out
+    for status, out, err in refused:
         assert status == 1
         assert len((out + err).splitlines()) == 1
+    assert quiet == saved == [(0, "", "")] * len(bases)
+    assert all(isinstance(json.loads(file.read_text()), dict) for file in files)
 
 
 class Engine(http.server.BaseHTTPRequestHandler):
