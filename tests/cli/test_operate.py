@@ -106,7 +106,10 @@ def test_a_bypassed_tier_is_shown_and_used_again(shell: Shell) -> None:
     assert "disk" in shell.run("runtime", "--bypass", "disk", "--freeze-stores")
     assert "bypassed: disk" in shell.run("status")
     assert "stores are frozen" in shell.run("status")
-    found = shell.ask("runtime", "--use", "disk", "--thaw-stores", "--l1-budget-gb", "0.0005")
+    assert shell.ask("runtime", "--gate", "never")["gate"] == "never"
+    found = shell.ask(
+        "runtime", "--gate", "auto", "--use", "disk", "--thaw-stores", "--l1-budget-gb", "0.0005"
+    )
     assert found["bypassed_tiers"] == []
     assert found["l1_budget_bytes"] == int(0.0005 * 2**30)
     shell.ask("runtime", "--l1-budget-gb", str(found["l1_capacity_bytes"] / 2**30))

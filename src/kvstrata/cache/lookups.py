@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvstrata.cache.gate import Decision
 from kvstrata.cache.index import Entry, entry_key
+from kvstrata.cache.spans import LookupSpan
 from kvstrata.cache.walk import Candidates
 from kvstrata.metrics import L1
 from kvstrata.types import Hit, MissReason, Namespace, Piece, Prefix
@@ -34,6 +35,7 @@ class Lookup:
         "released",
         "request_id",
         "seconds",
+        "span",
         "started_at",
         "waiting_for",
     )
@@ -87,6 +89,8 @@ class Lookup:
         self.seconds = 0.0
         """How long that took."""
         self.released = False
+        self.span: LookupSpan | None = None
+        """Its part of the request's trace; None while tracing is off."""
 
     def asks(self, namespace: Namespace, prefix: Prefix, first_token: int) -> bool:
         """Whether this is the same question."""

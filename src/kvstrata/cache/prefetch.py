@@ -16,6 +16,7 @@ from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.plan import hold, is_complete, plan_pieces, worth_loading
 from kvstrata.cache.walk import Candidates, Walk
 from kvstrata.metrics import Metrics
+from kvstrata.tracing import Span
 from kvstrata.types import Miss, MissReason
 
 Job = Callable[[], None]
@@ -45,14 +46,18 @@ class Prefetch:
         self._metrics = metrics
         self._read_fastest = read_fastest
         self._clock = clock
+        self._spans: dict[bytes, Span] = {}
+        """While tracing is on: the spans of the reads under way, by the entry's key."""
 
     @property
     def is_possible(self) -> bool:
         """Whether there is anything to ask."""
         return bool(self._tiers) and self._gate.mode != "never"
 
-    def joined(self, lookup: Lookup) -> None:
+    def joined(self, lookup: Lookup, loading: Sequence[Entry]) -> None:
         """``lookup`` waits for what another one loads: not longer than computing it all would take."""
+        if lookup.span is not None:
+            lookup.span.waits_for(span for entry in loading if (span := self._spans.get(entry.key)))
         seconds = self._gate.patience_seconds(lookup.namespace.fingerprint, lookup.prefix.num_tokens)
         if seconds is not None:
             lookup.be_patient(seconds, lookup.started_at)
@@ -93,6 +98,8 @@ class Prefetch:
         with self._l1.lock:
             if held is not None:
                 self._gate.answered(self._names[tier], seconds)
+            if lookup.span is not None:
+                lookup.span.contained(self._names[tier], held, seconds)
             if lookup.is_planned or lookup.hit is not None or lookup.released:
                 return
             lookup.waiting_for.discard(tier)
@@ -126,13 +133,18 @@ class Prefetch:
             decision = next(d for d in decisions if d.tier == self._names[tier])
             if decision.verdict is Verdict.TRIAL:
                 self._gate.trying(decision.tier, self._clock())
+            span = None if lookup.span is None else lookup.span.prefetch(decision.tier, len(mine))
+            if span is not None:
+                self._spans |= dict.fromkeys((read.entry.key for read in mine), span)
             done = partial(self._loaded, lookup, tier, entries)
-            measured = partial(self._measured, lookup, decision)
-            jobs.append(partial(self._tiers[tier].read, transfers, done, measured))
+            measured = partial(self._measured, lookup, decision, span)
+            jobs.append(partial(self._tiers[tier].read, transfers, done, measured, span))
         return jobs
 
     def _decided(self, lookup: Lookup, decisions: list[Decision]) -> None:
         lookup.decisions = decisions
+        if lookup.span is not None:
+            lookup.span.decided(decisions)
         for decision in decisions:
             self._metrics.gate_decided(decision.tier, decision.verdict)
             if decision.verdict is Verdict.RECOMPUTE:
@@ -155,6 +167,8 @@ class Prefetch:
         with self._l1.lock:
             for transfer, miss in zip(transfers, outcome, strict=True):
                 entry = entries[transfer.key]
+                if lookup.span is not None:
+                    self._spans.pop(entry.key, None)
                 if miss is None:
                     entry.tiers |= 1 << tier
                     if entry.state is State.LOADING:
@@ -165,8 +179,12 @@ class Prefetch:
                         self._l1.index.drop(entry)
                 self._l1.unlease(entry)
 
-    def _measured(self, lookup: Lookup, decision: Decision, num_bytes: int, seconds: float) -> None:
+    def _measured(
+        self, lookup: Lookup, decision: Decision, span: Span | None, num_bytes: int, seconds: float
+    ) -> None:
         """A read from a tier has ended."""
+        if span is not None:
+            span.end({"kvstrata.bytes": num_bytes})
         with self._l1.lock:
             self._gate.read(decision.tier, num_bytes, seconds, self._clock())
             lookup.load_seconds[decision.tier] = seconds

@@ -20,6 +20,7 @@ from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Entry, State
 from kvstrata.cache.io import TierIO
 from kvstrata.cache.l1 import L1
+from kvstrata.cache.spans import StoreSpan
 
 Job = Callable[[], None]
 """I/O to do once the lock is released."""
@@ -39,10 +40,12 @@ class Writes:
         self._at_first = _mask(tiers, {"all"})
         self._at_second = _mask(tiers, {"all", "second_use"})
 
-    def stored(self, entry: Entry, transfer: Transfer, *, again: bool = False) -> list[Job]:
+    def stored(
+        self, entry: Entry, transfer: Transfer, *, again: bool = False, span: StoreSpan | None = None
+    ) -> list[Job]:
         """``entry`` was stored, or was to be stored ``again`` while it is held."""
         lacking = (self._at_second if again else self._at_first) & ~entry.tiers
-        return [self._plan(i, entry, transfer, spare=False) for i in self._open(lacking, entry)]
+        return [self._plan(i, entry, transfer, spare=False, span=span) for i in self._open(lacking, entry)]
 
     def used(self, entries: Iterable[Entry]) -> list[Job]:
         """A look-up is answered with ``entries``."""
@@ -70,27 +73,44 @@ class Writes:
             if mask & (1 << i) and not self._clears.is_running(i, entry.namespace)
         ]
 
-    def _plan(self, tier: int, entry: Entry, transfer: Transfer, *, spare: bool) -> Job:
+    def _plan(
+        self, tier: int, entry: Entry, transfer: Transfer, *, spare: bool, span: StoreSpan | None = None
+    ) -> Job:
         """Lease the entry for one write."""
         entry.tiers |= 1 << tier
         entry.leases += 1
-        return partial(self._write, tier, entry, transfer, self._clears.count, spare=spare)
+        if span is not None:
+            span.write_planned(self._tiers[tier].name)
+        return partial(self._write, tier, entry, transfer, self._clears.count, spare=spare, span=span)
 
-    def _write(self, tier: int, entry: Entry, transfer: Transfer, num_clears: int, *, spare: bool) -> None:
+    def _write(
+        self,
+        tier: int,
+        entry: Entry,
+        transfer: Transfer,
+        num_clears: int,
+        *,
+        spare: bool,
+        span: StoreSpan | None,
+    ) -> None:
         """Queue a write that was planned after so many clears; it may be queued later than one it preceded."""
 
         def is_wanted() -> bool:
             return not self._clears.since(entry.namespace, num_clears)
 
         write = self._tiers[tier].fill if spare else self._tiers[tier].write
-        if not write(transfer, partial(self._written, tier, entry), is_wanted):
-            self._written(tier, entry, False, 0.0)
+        if not write(transfer, partial(self._written, tier, entry, span), is_wanted):
+            self._written(tier, entry, span, False, 0.0)
 
-    def _written(self, tier: int, entry: Entry, written: bool, seconds: float) -> None:
+    def _written(
+        self, tier: int, entry: Entry, span: StoreSpan | None, written: bool, seconds: float
+    ) -> None:
         """A tier has it, or not; on the tier's write thread, or on the caller's when the write was not taken."""
         with self._l1.lock:
             if written:
                 self._gate.wrote(self._tiers[tier].name, entry.payload_bytes, seconds, self._clock())
+            if span is not None:
+                span.write_ended(self._tiers[tier].name, entry.payload_bytes, written=written)
             if not written:
                 entry.tiers &= ~(1 << tier)
             self._l1.unlease(entry)

@@ -230,6 +230,38 @@ def ttft(
     return _show(run(config, _progress), as_json, strict=strict)
 
 
+@app.command("gate", epilog="Example: kvstrata bench gate --pairs 10 --json gate.json")
+def gate(
+    *,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model and logs.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a prompt.")] = None,
+    speeds: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--speed",
+            min=0.01,
+            help="Of the link, over that of break-even; may be given again, fastest first.",
+        ),
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Of auto and recompute, at each speed.")] = None,
+    as_json: Json = None,
+    strict: Strict = False,
+) -> int:
+    """Time a real vLLM's first token with each mode of the gate, and Redis behind links of several speeds.
+
+    Starts a vLLM on the CPU and a Redis of its own, behind a proxy.
+    """
+    from kvstrata.bench.gate import GateConfig, run  # noqa: PLC0415
+
+    config = _config(
+        GateConfig, model=model, cache_dir=cache_dir, prompt_tokens=prompt_tokens, speeds=speeds, pairs=pairs
+    )
+    return _show(run(config, _progress), as_json, strict=strict)
+
+
 def _config(kind: type[T], **options: object) -> T:
     """A configuration of what was given; the rest at its defaults."""
     given = {key: value for key, value in options.items() if value is not None}

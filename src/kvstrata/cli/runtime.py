@@ -26,6 +26,9 @@ def runtime(
         typer.Option("--l1-budget-gb", metavar="GIB", min=0, help="Shrink or grow L1 in its pool."),
     ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level", metavar="LEVEL")] = None,
+    gate: Annotated[
+        str | None, typer.Option("--gate", metavar="auto|always|never", help="When tiers are loaded from.")
+    ] = None,
     freeze_stores: Annotated[
         bool | None, typer.Option("--freeze-stores/--thaw-stores", help="Store nothing new; or do again.")
     ] = None,
@@ -47,6 +50,7 @@ def runtime(
     body: dict[str, Any] = {
         "l1_budget_bytes": None if l1_budget_gb is None else int(l1_budget_gb * _GIB),
         "log_level": None if log_level is None else log_level.upper(),
+        "gate": gate,
         "stores_frozen": freeze_stores,
         "bypass": dict.fromkeys(bypass or [], True) | dict.fromkeys(use or [], False) or None,
     }

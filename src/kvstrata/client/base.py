@@ -75,7 +75,15 @@ class Client(ABC):
         """The chunk size that the server was told to use, if any. None while not connected."""
 
     @abstractmethod
-    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0) -> Hit:
+    def lookup(
+        self,
+        request_id: str,
+        namespace: Namespace,
+        prefix: Prefix,
+        first_token: int = 0,
+        *,
+        traceparent: str = "",
+    ) -> Hit:
         """How many leading tokens of ``prefix`` are held, by all shards; leases them for ``request_id``.
 
         Who has the tokens before ``first_token`` already says so: nothing is read from lower tiers for them. Where
@@ -83,6 +91,7 @@ class Client(ABC):
 
         A pending answer means that lower tiers are being asked or read: call again with the same arguments.
         Once the answer is not pending it does not change until ``release``, and its slots stay.
+        ``traceparent`` is the trace that the look-up belongs to, if it is traced.
         """
 
     @abstractmethod
@@ -100,8 +109,18 @@ class Client(ABC):
         """
 
     @abstractmethod
-    def reserve(self, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> Reservation:
-        """Reserve slots for the payloads of ``pieces``. Those already held need none."""
+    def reserve(
+        self,
+        namespace: Namespace,
+        shard: int,
+        pieces: Sequence[Piece],
+        *,
+        traceparents: Sequence[str] = (),
+    ) -> Reservation:
+        """Reserve slots for the payloads of ``pieces``. Those already held need none.
+
+        ``traceparents`` are the traces that the pieces belong to, one each, or empty.
+        """
 
     @abstractmethod
     def commit(self, reservation: Reservation) -> None:

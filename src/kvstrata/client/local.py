@@ -13,6 +13,7 @@ from kvstrata.client.base import Client, Reservation
 from kvstrata.config import Settings
 from kvstrata.memory.region import SharedRegion
 from kvstrata.metrics import Metrics
+from kvstrata.tracing import Tracer, open_tracer
 from kvstrata.types import NO_HIT, Hit, Namespace, Piece, Prefix
 
 _POLL_SECONDS = 0.0005
@@ -26,15 +27,18 @@ class LocalClient(Client):
 
         Raises:
             ConfigError: a setting is wrong.
+            PluginError: a library is missing; the message names the extra.
             PoolError: there is not enough memory for the pool.
         """
         settings = settings or Settings()
         self._chunk_size = settings.chunk_size
         self._region = SharedRegion.create(settings.max_local_cpu_bytes, settings.shm_dir)
+        self._tracer: Tracer | None = None
         try:
-            self.cache: Cache = build_cache(settings, self._region, Metrics())
+            self._tracer = open_tracer("local", enabled=settings.tracing)
+            self.cache: Cache = build_cache(settings, self._region, Metrics(), self._tracer)
         except BaseException:
-            self._region.close()
+            self._close_rest()
             raise
         self._owner = f"local-{uuid.uuid4().hex[:8]}"
         self._closed = False
@@ -47,10 +51,19 @@ class LocalClient(Client):
     def server_chunk_size(self) -> int | None:
         return self._chunk_size
 
-    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0) -> Hit:
+    def lookup(
+        self,
+        request_id: str,
+        namespace: Namespace,
+        prefix: Prefix,
+        first_token: int = 0,
+        *,
+        traceparent: str = "",
+    ) -> Hit:
         if self._closed:
             return NO_HIT
-        return self.cache.lookup(self._owner, request_id, self.cache.intern(namespace), prefix, first_token)
+        interned = self.cache.intern(namespace)
+        return self.cache.lookup(self._owner, request_id, interned, prefix, first_token, traceparent)
 
     def wait_lookup(self, request_id: str, namespace: Namespace, prefix: Prefix) -> Hit:
         """Look up and wait until the answer is no longer pending; at most the look-up's deadline."""
@@ -70,10 +83,18 @@ class LocalClient(Client):
         hashes = [piece.chunk_hash for piece in hit.pieces]
         return self.cache.leased_payloads(self._owner, request_id, shard, hashes)
 
-    def reserve(self, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> Reservation:
+    def reserve(
+        self,
+        namespace: Namespace,
+        shard: int,
+        pieces: Sequence[Piece],
+        *,
+        traceparents: Sequence[str] = (),
+    ) -> Reservation:
         if self._closed:
             return Reservation(namespace, shard, pieces, [None] * len(pieces), [None] * len(pieces), "")
-        slots = self.cache.reserve(self._owner, self.cache.intern(namespace), shard, pieces)
+        interned = self.cache.intern(namespace)
+        slots = self.cache.reserve(self._owner, interned, shard, pieces, traceparents)
         buffers = [
             None if slot is None else self.cache.pool[slot.offset : slot.offset + slot.payload_bytes]
             for slot in slots
@@ -111,4 +132,9 @@ class LocalClient(Client):
             self._closed = True
             self.cache.drop_owner(self._owner)
             self.cache.close()
-            self._region.close()
+            self._close_rest()
+
+    def _close_rest(self) -> None:
+        self._region.close()
+        if self._tracer is not None:
+            self._tracer.close()

@@ -189,11 +189,19 @@ class RemoteClient(Client):
 
     # Verbs
 
-    def lookup(self, request_id: str, namespace: Namespace, prefix: Prefix, first_token: int = 0) -> Hit:
+    def lookup(
+        self,
+        request_id: str,
+        namespace: Namespace,
+        prefix: Prefix,
+        first_token: int = 0,
+        *,
+        traceparent: str = "",
+    ) -> Hit:
         fingerprint = self._register(namespace)
         asked = fingerprint is not None
         if fingerprint is not None:
-            match self._ask(m.Lookup(request_id, fingerprint, prefix, first_token)):
+            match self._ask(m.Lookup(request_id, fingerprint, prefix, first_token, traceparent)):
                 case (m.LookupReply(hit=hit), _):
                     self._holdings.looked_up(request_id, hit)
                     return hit
@@ -233,12 +241,19 @@ class RemoteClient(Client):
             case _:
                 return None
 
-    def reserve(self, namespace: Namespace, shard: int, pieces: Sequence[Piece]) -> Reservation:
+    def reserve(
+        self,
+        namespace: Namespace,
+        shard: int,
+        pieces: Sequence[Piece],
+        *,
+        traceparents: Sequence[str] = (),
+    ) -> Reservation:
         nothing = Reservation(namespace, shard, pieces, [None] * len(pieces), [None] * len(pieces), "")
         fingerprint = self._register(namespace)
         if fingerprint is None:
             return nothing
-        match self._ask(m.Reserve(fingerprint, shard, tuple(pieces))):
+        match self._ask(m.Reserve(fingerprint, shard, tuple(pieces), tuple(traceparents))):
             case (m.Reserved(slots=slots, pool_id=pool_id), _) if len(slots) == len(pieces):
                 pool = self.mapped_pool(pool_id)
             case _:

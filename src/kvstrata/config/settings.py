@@ -219,6 +219,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         False
     )
     http_dashboard: Annotated[bool, _meta("Whether the HTTP API has a page for people at `/`.")] = True
+    tracing: Annotated[
+        bool,
+        _meta(
+            "Send OpenTelemetry spans of each request (look-up, prefetch, retrieve, store) to where the variables "
+            "`OTEL_*` say. Wants the extra `tracing`."
+        ),
+    ] = False
     log_level: Annotated[str, _meta("DEBUG, INFO, WARNING, ERROR or CRITICAL.")] = "INFO"
 
     @property

@@ -122,6 +122,8 @@ class RuntimeBody(Body):
     l1_budget_bytes: Annotated[int, Field(ge=0, le=2**62)] | None = None
     """Shrinking evicts; growing ends at the size of the pool."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
+    gate: Literal["auto", "always", "never"] | None = None
+    """When what tiers hold is loaded, as the setting of that name."""
     stores_frozen: bool | None = None
     bypass: Annotated[dict[Name, bool], Field(max_length=100)] | None = None
     """Tier -> whether it is left alone."""

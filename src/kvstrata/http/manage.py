@@ -256,6 +256,7 @@ def _add_runtime(router: APIRouter, operations: Operations) -> None:
         return runtime.change(
             l1_budget_bytes=body.l1_budget_bytes,
             log_level=body.log_level,
+            gate=body.gate,
             stores_frozen=body.stores_frozen,
             bypass=body.bypass,
             ttl_seconds=body.ttl_seconds,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvstrata.cache.cache import Cache
+from kvstrata.cache.gate import MODES
 from kvstrata.errors import ConflictError, OperationError
 from kvstrata.logs import LOGGER_NAME
 from kvstrata.metrics import L1
@@ -32,6 +33,8 @@ class RuntimeReport(Report):
     l1_used_bytes: int
     """More than the budget while entries in use keep it from shrinking."""
     log_level: str
+    gate: str
+    """``auto``, ``always`` or ``never``, as the setting of that name."""
     stores_frozen: bool
     """True: nothing new is stored, in no tier; what is held is served on."""
     bypassed_tiers: list[str]
@@ -58,6 +61,7 @@ class Runtime:
             l1_capacity_bytes=capacity,
             l1_used_bytes=used,
             log_level=logging.getLevelName(logging.getLogger(LOGGER_NAME).getEffectiveLevel()),
+            gate=self._cache.gate.mode,
             stores_frozen=self._cache.stores_frozen,
             bypassed_tiers=[tier.name for tier in self._cache.tiers if tier.breaker.bypassed],
             ttl_seconds={
@@ -72,6 +76,7 @@ class Runtime:
         *,
         l1_budget_bytes: int | None = None,
         log_level: str | None = None,
+        gate: str | None = None,
         stores_frozen: bool | None = None,
         bypass: Mapping[str, bool] | None = None,
         ttl_seconds: Mapping[str, int | None] | None = None,
@@ -84,12 +89,14 @@ class Runtime:
             OperationError: a value is not allowed.
         """
         with self._lock:
-            self._check(l1_budget_bytes, log_level, bypass or {})
+            self._check(l1_budget_bytes, log_level, gate, bypass or {})
             expiring = {self._expiring(name): seconds for name, seconds in (ttl_seconds or {}).items()}
             for tier, seconds in expiring.items():
                 tier.set_ttl(seconds)
             if log_level is not None:
                 logging.getLogger(LOGGER_NAME).setLevel(log_level)
+            if gate is not None:
+                self._cache.gate.mode = gate
             if stores_frozen is not None:
                 self._cache.stores_frozen = stores_frozen
             for name, wanted in (bypass or {}).items():
@@ -100,13 +107,17 @@ class Runtime:
         logger.info("changed by an operator: %s", report)
         return report
 
-    def _check(self, l1_budget_bytes: int | None, log_level: str | None, bypass: Mapping[str, bool]) -> None:
+    def _check(
+        self, l1_budget_bytes: int | None, log_level: str | None, gate: str | None, bypass: Mapping[str, bool]
+    ) -> None:
         for name in bypass:
             if name == L1:
                 raise OperationError("l1 cannot be bypassed: everything passes through it")
             self._entries.tier(name)
         if log_level is not None and log_level not in LOG_LEVELS:
             raise OperationError(f"log_level is {log_level!r}; allowed are {', '.join(LOG_LEVELS)}")
+        if gate is not None and gate not in MODES:
+            raise OperationError(f"gate is {gate!r}; allowed are {', '.join(MODES)}")
         capacity = self._cache.index.allocator.capacity_bytes
         if l1_budget_bytes is not None and l1_budget_bytes < 0:
             raise OperationError("l1_budget_bytes is negative")

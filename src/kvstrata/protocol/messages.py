@@ -45,6 +45,8 @@ class Lookup(Message, frozen=True):
     prefix: Prefix
     first_token: int = 0
     """What is before its chunk is not asked for."""
+    traceparent: str = ""
+    """W3C trace context of the request, while it is traced; also below."""
 
 
 class Release(Message, frozen=True):
@@ -55,6 +57,8 @@ class Reserve(Message, frozen=True):
     namespace: bytes
     shard: int
     pieces: tuple[Piece, ...]
+    traceparents: tuple[str, ...] = ()
+    """One per piece, of the request that it is of; or none at all."""
 
 
 class Commit(Message, frozen=True):

@@ -114,13 +114,16 @@ class Dispatcher:
         if namespace is None:
             return self._unknown(request), ()
         match request:
-            case m.Lookup(request_id=request_id, prefix=prefix, first_token=first_token):
-                check_prefix(namespace, prefix, first_token)
-                return m.LookupReply(cache.lookup(owner, request_id, namespace, prefix, first_token)), ()
-            case m.Reserve(shard=shard, pieces=pieces):
+            case m.Lookup(prefix=prefix, first_token=first):
+                check_prefix(namespace, prefix, first)
+                hit = cache.lookup(owner, request.request_id, namespace, prefix, first, request.traceparent)
+                return m.LookupReply(hit), ()
+            case m.Reserve(shard=shard, pieces=pieces, traceparents=traceparents):
                 check_shard(namespace, shard)
                 check_pieces(namespace, pieces)
-                slots = cache.reserve(owner, namespace, shard, pieces)
+                if traceparents and len(traceparents) != len(pieces):
+                    raise ProtocolError(f"{len(traceparents)} traceparents for {len(pieces)} pieces")
+                slots = cache.reserve(owner, namespace, shard, pieces, traceparents)
                 return m.Reserved(tuple(slots), cache.pool_id), ()
             case m.ReportPrefill(num_tokens=num_tokens, seconds=seconds):
                 if math.isfinite(seconds):

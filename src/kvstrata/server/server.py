@@ -24,6 +24,7 @@ from kvstrata.protocol import messages as m
 from kvstrata.protocol.framing import MAX_MESSAGE_BYTES, decode_request, encode
 from kvstrata.server.dispatch import Dispatcher
 from kvstrata.server.sessions import Sessions
+from kvstrata.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,10 @@ class Server:
             stack.callback(self._close_wakeup)
             self._region = SharedRegion.create(settings.max_local_cpu_bytes, settings.shm_dir)
             stack.callback(self._region.close)
-            self.cache = build_cache(settings, self._region, self._counters)
+            tracer = open_tracer("server", enabled=settings.tracing)
+            if tracer is not None:
+                stack.callback(tracer.close)
+            self.cache = build_cache(settings, self._region, self._counters, tracer)
             stack.callback(self.cache.close)
             self.operations = Operations(self.cache, settings)
             stack.callback(self.operations.close)

@@ -30,6 +30,7 @@ from kvstrata.integrations.vllm.stats import ConnectorMetrics, ConnectorStats
 from kvstrata.integrations.vllm.support import is_mla, kernel_text, page_reader, why_unsupported
 from kvstrata.integrations.vllm.worker import WorkerSide
 from kvstrata.logs import configure_logging
+from kvstrata.tracing import open_tracer
 from kvstrata.types import KVLayout, Namespace
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             # vLLM's default fails the request; it reads the policy right after making its connector.
             transfer.kv_load_failure_policy = "recompute"
             logger.info("kv_load_failure_policy is set to recompute: what cannot be loaded is computed")
+        tracer = open_tracer("vllm-scheduler", enabled=self._resolved.settings.tracing)
         self._scheduler = SchedulerSide(
             self._connect("vllm-scheduler", map_pool=False),
             self._resolved.settings,
@@ -127,6 +129,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             writes=transfer.is_kv_producer,
             num_workers=self._num_workers,
             prefix_caching=bool(self._vllm_config.cache_config.enable_prefix_caching),
+            tracer=tracer,
         )
 
     def _refuse(self, reason: str) -> bool:
@@ -262,11 +265,14 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         tp_rank, pp_rank = get_tp_group().rank_in_group, get_pp_group().rank_in_group
         tp_size = self._vllm_config.parallel_config.tensor_parallel_size
         shared = self._num_shards == 1
+        name = f"vllm-worker-{pp_rank * tp_size + tp_rank}"
+        tracer = open_tracer(name, enabled=self._resolved.settings.tracing)
         self._worker = WorkerSide(
-            self._connect(f"vllm-worker-{pp_rank * tp_size + tp_rank}", map_pool=True),
+            self._connect(name, map_pool=True),
             shard=0 if shared else pp_rank * tp_size + tp_rank,
             stores=not shared or tp_rank == 0,
             first=tp_rank == 0 and pp_rank == 0,
+            tracer=tracer,
         )
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:

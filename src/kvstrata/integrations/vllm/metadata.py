@@ -35,6 +35,8 @@ class LoadOp:
     """Where loading ends. The last block is copied whole."""
     block_ids: tuple[int, ...]
     """The request's blocks from ``first_token`` to ``end_token``."""
+    traceparent: str = ""
+    """The request's trace; empty while it is not traced."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class StoreOp:
     first_block: int
     """Position in the sequence of the first block in ``block_ids``."""
     block_ids: tuple[int, ...]
+    traceparent: str = ""
 
 
 @dataclass(frozen=True)

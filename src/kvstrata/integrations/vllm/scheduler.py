@@ -12,6 +12,7 @@ from kvstrata.config import Settings
 from kvstrata.integrations.vllm.hashes import UnknownExtraKeyError
 from kvstrata.integrations.vllm.metadata import LoadOp, StepMetadata, StoreOp, WorkerReport
 from kvstrata.integrations.vllm.tracking import Tracked, track
+from kvstrata.tracing import Tracer
 from kvstrata.types import Hit, Namespace, Piece
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class SchedulerSide:
         num_workers: workers that report each load.
         prefix_caching: whether vLLM keeps a prefix cache of its own. Then a request waits for the load of a
             prefix that another one has begun, and shares its blocks.
+        tracer: None while tracing is off.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class SchedulerSide:
         writes: bool,
         num_workers: int,
         prefix_caching: bool,
+        tracer: Tracer | None = None,
     ) -> None:
         self._client = client
+        self._tracer = tracer
         self._settings = settings
         self._make_namespace = make_namespace
         self._reads = reads
@@ -89,7 +93,15 @@ class SchedulerSide:
     def add(self, request: Request) -> None:
         """A request has arrived."""
         self._client.connected  # noqa: B018 (polls for a server that came back, before it is asked)
-        self._requests[request.request_id] = track(request, reads=self._reads, writes=self._writes)
+        tracked = track(request, reads=self._reads, writes=self._writes)
+        if self._tracer is not None:
+            # vLLM hands these on while its own tracing is on: then both are in the client's trace.
+            about = {
+                "kvstrata.request.id": request.request_id,
+                "kvstrata.tokens.prompt": request.num_prompt_tokens,
+            }
+            tracked.span = self._tracer.begin("kvstrata.request", about, parent=request.trace_headers)
+        self._requests[request.request_id] = tracked
 
     def match(self, request: Request, num_local_tokens: int) -> tuple[int | None, bool]:
         """vLLM's ``get_num_new_matched_tokens``. May be called any number of times before the load."""
@@ -107,10 +119,15 @@ class SchedulerSide:
             prefix = _hashed(tracked, lambda: tracked.hashes_in(namespace).prefix(request.num_tokens))
             if prefix is None:
                 return 0, False
-            hit = self._client.lookup(lookup.lease_id, namespace, prefix, lookup.first_token)
+            traceparent = "" if lookup.span is None else lookup.span.traceparent
+            hit = self._client.lookup(
+                lookup.lease_id, namespace, prefix, lookup.first_token, traceparent=traceparent
+            )
             if hit.pending:
                 return None, False
             lookup.hit = hit
+            if lookup.span is not None:
+                lookup.span.end({"kvstrata.tokens.hit": hit.num_tokens})
         num_hit_tokens = min(lookup.hit.num_tokens, max_tokens)
         num_tokens = self._worth_loading(num_hit_tokens - num_local_tokens)
         if num_tokens and self._is_being_loaded(lookup.hit, num_local_tokens):
@@ -131,8 +148,15 @@ class SchedulerSide:
         """End a look-up that left out tokens which vLLM has evicted meanwhile."""
         lookup = tracked.lookup
         if lookup is not None and lookup.first_token > num_local_tokens:
+            self._end_lookup(tracked)
+
+    def _end_lookup(self, tracked: Tracked) -> None:
+        """Its load is not wanted (any more)."""
+        lookup, tracked.lookup = tracked.lookup, None
+        if lookup is not None:
             self._client.release(lookup.lease_id)
-            tracked.lookup = None
+            if lookup.span is not None:
+                lookup.span.end()
 
     def _worth_loading(self, num_tokens: int) -> int:
         return num_tokens if num_tokens >= max(1, self._settings.min_retrieve_tokens) else 0
@@ -172,6 +196,7 @@ class SchedulerSide:
                 first_token=first_token,
                 end_token=end_token,
                 block_ids=tuple(block_ids[first_block : namespace.layout.num_blocks(end_token)]),
+                traceparent=tracked.traceparent,
             )
         )
 
@@ -231,7 +256,8 @@ class SchedulerSide:
             request.num_prompt_tokens if ends_prompt else request.num_tokens,
             request_id,
         )
-        return StoreOp(request_id, tuple(pieces), first_block, tuple(block_ids[0][first_block:end_block]))
+        block_ids_of_pieces = tuple(block_ids[0][first_block:end_block])
+        return StoreOp(request_id, tuple(pieces), first_block, block_ids_of_pieces, tracked.traceparent)
 
     def _prefill_tokens(self, output: SchedulerOutput) -> int:
         """Prompt tokens that the step computes; 0 when it does other work too, which spoils a measurement."""
@@ -267,8 +293,11 @@ class SchedulerSide:
     def finish(self, request: Request) -> None:
         """The request has ended, one way or another."""
         tracked = self._requests.pop(request.request_id, None)
-        if tracked is not None and tracked.lookup is not None:
-            self._client.release(tracked.lookup.lease_id)
+        if tracked is None:
+            return
+        self._end_lookup(tracked)
+        if tracked.span is not None:
+            tracked.span.end({"kvstrata.tokens.hit": sum(tracked.hit_tokens_by_tier.values())})
 
     def clear(self) -> None:
         """Drop everything that is cached for this engine's namespace, for example because of new weights.
@@ -281,9 +310,7 @@ class SchedulerSide:
         for tracked in self._requests.values():
             tracked.forget_stored()
             # What has been found or computed before must not come back after.
-            if tracked.lookup is not None:
-                self._client.release(tracked.lookup.lease_id)
-                tracked.lookup = None
+            self._end_lookup(tracked)
             if tracked.request.num_computed_tokens > 0:
                 tracked.write = False
 
@@ -298,6 +325,8 @@ class SchedulerSide:
     def close(self) -> None:
         """Disconnect; the server ends what is left of the leases."""
         self._client.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
 
 def _hashed(tracked: Tracked, compute: Callable[[], _T]) -> _T | None:

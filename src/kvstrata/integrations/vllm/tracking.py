@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.integrations.vllm.hashes import RequestHashes
+from kvstrata.tracing import Attributes, Span
 from kvstrata.types import Hit, Namespace
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Lookup:
     num_local_tokens: int = 0
     """Tokens in vLLM's own cache when it was last asked."""
     logged: bool = False
+    span: Span | None = None
 
 
 @dataclass
@@ -45,12 +47,25 @@ class Tracked:
     known_hashes: set[bytes] = field(default_factory=set)
     """Hashes of the pieces that its last hit consisted of: they need no storing."""
     hit_tokens_by_tier: Mapping[str, int] = field(default_factory=dict)
+    span: Span | None = None
+    """Its trace, from its arrival to its end; None while tracing is off."""
+
+    @property
+    def traceparent(self) -> str:
+        """What others have to know to add to its trace; empty while tracing is off."""
+        return "" if self.span is None else self.span.traceparent
 
     def begin_lookup(self, first_token: int) -> Lookup:
         """The attempt under way, or a new one under a lease id that was never used before."""
         if self.lookup is None:
             self.num_attempts += 1
             self.lookup = Lookup(f"{self.request.request_id}#{self.num_attempts}", first_token)
+            if self.span is not None:
+                about: Attributes = {
+                    "kvstrata.request.id": self.lookup.lease_id,
+                    "kvstrata.tokens.first": first_token,
+                }
+                self.lookup.span = self.span.begin("kvstrata.lookup", about, kind="client")
         return self.lookup
 
     def hashes_in(self, namespace: Namespace) -> RequestHashes:

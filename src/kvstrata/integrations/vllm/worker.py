@@ -15,6 +15,7 @@ from kvstrata.device.layout import find_pages
 from kvstrata.device.unpack import PageReader
 from kvstrata.integrations.vllm.metadata import LoadOp, StepMetadata, StoreOp, WorkerReport
 from kvstrata.integrations.vllm.moves import Moves
+from kvstrata.tracing import Attributes, Span, Tracer
 from kvstrata.types import KVLayout, Namespace, Piece
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,14 @@ class WorkerSide:
         shard: which shard of a chunk this worker loads.
         stores: whether it stores that shard (of ranks with the same KV one does).
         first: whether it is the worker that writes the log lines and reports timings.
+        tracer: None while tracing is off.
     """
 
-    def __init__(self, client: Client, *, shard: int, stores: bool, first: bool) -> None:
+    def __init__(
+        self, client: Client, *, shard: int, stores: bool, first: bool, tracer: Tracer | None = None
+    ) -> None:
         self._client = client
+        self._tracer = tracer
         self._shard = shard
         self._stores = stores
         self._first = first
@@ -99,7 +104,11 @@ class WorkerSide:
         start = time.perf_counter()
         for op in step.metadata.loads:
             op_start = time.perf_counter()
-            if self._try_load(copier, op, step.metadata.namespace):
+            span = self._begin("kvstrata.retrieve", op, op.end_token - op.first_token)
+            loaded = self._try_load(copier, op, step.metadata.namespace)
+            if span is not None:
+                span.end(error="" if loaded else "it could not be loaded")
+            if loaded:
                 num_tokens, seconds = op.end_token - op.first_token, time.perf_counter() - op_start
                 self._moved(step.metadata.namespace, num_tokens, seconds, is_store=False)
                 if self._first:
@@ -117,6 +126,17 @@ class WorkerSide:
         copies_done = copier.ticket()
         self._running += [(copies_done, op.lease_id) for op in step.metadata.loads]
         step.load_seconds = time.perf_counter() - start
+
+    def _begin(self, name: str, op: LoadOp | StoreOp, num_tokens: int) -> Span | None:
+        """A span of one request's copies; None while tracing is off. On a device it ends when they were begun."""
+        if self._tracer is None:
+            return None
+        about: Attributes = {
+            "kvstrata.request.id": op.request_id,
+            "kvstrata.shard": self._shard,
+            "kvstrata.tokens": num_tokens,
+        }
+        return self._tracer.begin(name, about, parent=op.traceparent)
 
     def _try_load(self, copier: PageCopier, op: LoadOp, namespace: Namespace) -> bool:
         try:
@@ -162,7 +182,9 @@ class WorkerSide:
             return
         start = time.perf_counter()
         pieces = [piece for op in ops for piece in op.pieces]
-        reservation = self._client.reserve(namespace, self._shard, pieces)
+        spans = self._begin_stores(ops)
+        parents = [span.traceparent for op, span in zip(ops, spans, strict=False) for _ in op.pieces]
+        reservation = self._client.reserve(namespace, self._shard, pieces, traceparents=parents)
         try:
             self._register_pool(copier, reservation.pool_id)
             stored = self._copy_out(copier, ops, reservation)
@@ -171,13 +193,22 @@ class WorkerSide:
             # A store that is lost is a later miss; the step's results are right.
             logger.exception("Storing %d pieces failed", len(pieces))
             self._client.abort(reservation)
+            for span in spans:
+                span.end(error="storing failed")
             return
         self._client.commit(reservation)
+        for span in spans:
+            span.end()
         seconds = time.perf_counter() - start
         if stored:
             self._moved(namespace, stored, seconds, is_store=True)
         if stored and self._first:
             logger.info("Stored %d tokens in %.4f seconds", stored, seconds)
+
+    def _begin_stores(self, ops: Sequence[StoreOp]) -> list[Span]:
+        """A span for each; none while tracing is off."""
+        begun = (self._begin("kvstrata.store", op, sum(p.num_tokens for p in op.pieces)) for op in ops)
+        return [span for span in begun if span is not None]
 
     def _moved(self, namespace: Namespace, num_tokens: int, seconds: float, *, is_store: bool) -> None:
         """A copy has ended, or on a device was begun."""
@@ -238,3 +269,5 @@ class WorkerSide:
     def close(self) -> None:
         """Disconnect."""
         self._client.close()
+        if self._tracer is not None:
+            self._tracer.close()
