@@ -6,12 +6,18 @@ reasons, operations, quotas by the names that an operator gave them. Never a mod
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from kvstrata.__about__ import __version__
 from kvstrata.types import MissReason
@@ -30,6 +36,32 @@ GATE_DECISIONS = ("load", "trial", "recompute")
 """The values of the label ``decision``."""
 _PREFIX = "kvstrata_"
 _LOOKUP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LOOKUP_METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "lookups_total": ("counter", (), "Look-ups that were answered."),
+    "lookup_tokens_total": ("counter", (), "Prompt tokens that were looked up."),
+    "lookup_seconds": (
+        "histogram",
+        (),
+        "From the first question to the final answer, loading from tiers included.",
+    ),
+    "hit_tokens_total": ("counter", ("tier",), "Prompt tokens that were found, by the tier that had them."),
+    "misses_total": (
+        "counter",
+        ("reason",),
+        "Look-ups that found less than all, by why they ended where they did.",
+    ),
+    "miss_tokens_total": (
+        "counter",
+        ("reason",),
+        "Prompt tokens that were not found, by the reason of their look-up.",
+    ),
+    "saved_prefill_seconds_total": (
+        "counter",
+        (),
+        "Estimate of the prefill time that hits saved their engines.",
+    ),
+}
+"""Kind, labels, text."""
 _OPERATION_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -85,6 +117,7 @@ class Metrics:
         self.descriptions: list[Description] = []
         """Every metric, in the order of the page about them."""
         self._num_evicted = dict.fromkeys(EVICTION_REASONS, 0)
+        self._lookups = _LookupCounts()
         self._declare_lookups()
         self._declare_l1()
         self._declare_tiers()
@@ -92,15 +125,11 @@ class Metrics:
         self._gauge("build_info", "Always 1; the label says the version.", ["version"]).labels(
             __version__
         ).set(1)
-        self.hit_tokens_total.labels(L1)
         for move in MOVES:
             self.device_bytes_total.labels(move)
             self.device_seconds_total.labels(move)
         for why in EVICTION_REASONS:
             self.evictions_total.labels(why)
-        for reason in MissReason:
-            self.misses_total.labels(reason.value)
-            self.miss_tokens_total.labels(reason.value)
 
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         self._note(name, "counter", labels, text)
@@ -120,24 +149,9 @@ class Metrics:
         self.descriptions.append(Description(_PREFIX + name, kind, tuple(labels), text))
 
     def _declare_lookups(self) -> None:
-        self.lookups_total = self._counter("lookups_total", "Look-ups that were answered.")
-        self.lookup_tokens_total = self._counter("lookup_tokens_total", "Prompt tokens that were looked up.")
-        self.lookup_seconds = self._histogram(
-            "lookup_seconds",
-            "From the first question to the final answer, loading from tiers included.",
-            buckets=_LOOKUP_BUCKETS,
-        )
-        self.hit_tokens_total = self._counter(
-            "hit_tokens_total", "Prompt tokens that were found, by the tier that had them.", ["tier"]
-        )
-        self.misses_total = self._counter(
-            "misses_total", "Look-ups that found less than all, by why they ended where they did.", ["reason"]
-        )
-        self.miss_tokens_total = self._counter(
-            "miss_tokens_total",
-            "Prompt tokens that were not found, by the reason of their look-up.",
-            ["reason"],
-        )
+        for name, (kind, labels, text) in _LOOKUP_METRICS.items():
+            self._note(name, kind, labels, text)
+        self.registry.register(self._lookups)
         self.gated_total = self._counter(
             "gated_total", "Look-ups that recompute what a tier holds, because loading is slower.", ["tier"]
         )
@@ -151,9 +165,6 @@ class Metrics:
         )
         self.gate_load_seconds_total = self._counter(
             "gate_load_seconds_total", "What those loads took; the same as the estimates, ideally.", ["tier"]
-        )
-        self.saved_prefill_seconds_total = self._counter(
-            "saved_prefill_seconds_total", "Estimate of the prefill time that hits saved their engines."
         )
 
     def _declare_l1(self) -> None:
@@ -228,15 +239,7 @@ class Metrics:
         self, num_tokens: int, hit_tokens: Mapping[str, int], reason: MissReason | None, seconds: float
     ) -> None:
         """A look-up was answered. ``hit_tokens`` is by tier; there is a ``reason`` unless all were found."""
-        self.lookups_total.inc()
-        self.lookup_tokens_total.inc(num_tokens)
-        self.lookup_seconds.observe(seconds)
-        for tier, count in hit_tokens.items():
-            self.hit_tokens_total.labels(tier).inc(count)
-        if reason is not None:
-            self.misses_total.labels(reason.value).inc()
-            missing = max(0, num_tokens - sum(hit_tokens.values()))
-            self.miss_tokens_total.labels(reason.value).inc(missing)
+        self._lookups.add(num_tokens, hit_tokens, reason, seconds)
 
     def gated(self, tier: str) -> None:
         """The gate decided against loading from ``tier``."""
@@ -253,7 +256,7 @@ class Metrics:
 
     def prefill_saved(self, seconds: float) -> None:
         """A hit spared its engine so much prefill."""
-        self.saved_prefill_seconds_total.inc(seconds)
+        self._lookups.add_saved(seconds)
 
     def stored(self, num_tokens: int, payload_bytes: int) -> None:
         """Payloads of one shard became visible."""
@@ -268,6 +271,7 @@ class Metrics:
 
     def tier_added(self, tier: str) -> None:
         """A tier is in use: all its series exist from now on, as zeros."""
+        self._lookups.tier_added(tier)
         for operation in OPERATIONS:
             self.tier_operation_seconds.labels(tier, operation)
             self.tier_bytes_total.labels(tier, operation)
@@ -278,7 +282,6 @@ class Metrics:
         for metric in (
             self.gate_estimated_seconds_total,
             self.gate_load_seconds_total,
-            self.hit_tokens_total,
             self.gated_total,
             self.tier_errors_total,
             self.write_drops_total,
@@ -383,6 +386,74 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
+
+
+class _LookupCounts(Collector):
+    """What every look-up adds to. Thread-safe.
+
+    Plain numbers, put into Prometheus' form when they are read: the library's own counters and histogram took seven
+    times as long (23 and 35 us of a hit and of a miss on a busy machine, against 3 and 5).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_lookups = 0
+        self._num_tokens = 0
+        self._seconds = 0.0
+        self._saved_seconds = 0.0
+        self._by_bucket = [0] * (len(_LOOKUP_BUCKETS) + 1)
+        self._hit_tokens = {L1: 0}
+        self._misses = {reason.value: 0 for reason in MissReason}
+        self._miss_tokens = dict(self._misses)
+
+    def tier_added(self, tier: str) -> None:
+        with self._lock:
+            self._hit_tokens.setdefault(tier, 0)
+
+    def add(
+        self, num_tokens: int, hit_tokens: Mapping[str, int], reason: MissReason | None, seconds: float
+    ) -> None:
+        with self._lock:
+            self._num_lookups += 1
+            self._num_tokens += num_tokens
+            self._seconds += seconds
+            self._by_bucket[bisect.bisect_left(_LOOKUP_BUCKETS, seconds)] += 1
+            for tier, count in hit_tokens.items():
+                self._hit_tokens[tier] = self._hit_tokens.get(tier, 0) + count
+            if reason is not None:
+                self._misses[reason] += 1
+                self._miss_tokens[reason] += max(0, num_tokens - sum(hit_tokens.values()))
+
+    def add_saved(self, seconds: float) -> None:
+        with self._lock:
+            self._saved_seconds += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry: all of it at one moment."""
+        with self._lock:
+            counts: dict[str, float] = {
+                "lookups_total": self._num_lookups,
+                "lookup_tokens_total": self._num_tokens,
+                "saved_prefill_seconds_total": self._saved_seconds,
+            }
+            by_label = {
+                "hit_tokens_total": dict(self._hit_tokens),
+                "misses_total": dict(self._misses),
+                "miss_tokens_total": dict(self._miss_tokens),
+            }
+            seconds, by_bucket = self._seconds, list(self._by_bucket)
+        for name, (_, labels, text) in _LOOKUP_METRICS.items():
+            if name in counts:
+                yield CounterMetricFamily(_PREFIX + name, text, value=float(counts[name]))
+            elif name in by_label:
+                family = CounterMetricFamily(_PREFIX + name, text, labels=labels)
+                for label, count in by_label[name].items():
+                    family.add_metric([label], float(count))
+                yield family
+            else:
+                bounds = map(floatToGoString, (*_LOOKUP_BUCKETS, math.inf))
+                buckets = list(zip(bounds, itertools.accumulate(by_bucket), strict=True))
+                yield HistogramMetricFamily(_PREFIX + name, text, buckets=buckets, sum_value=seconds)
 
 
 def _put(tree: dict[str, Any], path: list[str], value: float) -> None:

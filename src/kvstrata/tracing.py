@@ -58,7 +58,7 @@ class Tracer:
         export = library("opentelemetry.sdk.trace.export", _EXTRA)
         resource = library("opentelemetry.sdk.resources", _EXTRA).Resource.create(_resource(process))
         self._api = _Api()
-        self._provider = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider = sdk.TracerProvider(resource=resource, id_generator=_Ids(), shutdown_on_exit=False)
         self._provider.add_span_processor(export.BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("kvstrata", __version__)
 
@@ -142,6 +142,20 @@ class Span:
         if error:
             self._span.set_status(self._api.failed(error))
         self._span.end()
+
+
+class _Ids:
+    """An ``IdGenerator``. The SDK's own uses :mod:`random`, which vLLM seeds in all of its workers with the same
+    number: their spans would have the same ids."""
+
+    def generate_span_id(self) -> int:
+        return int.from_bytes(os.urandom(8), "little") or 1
+
+    def generate_trace_id(self) -> int:
+        return int.from_bytes(os.urandom(16), "little") or 1
+
+    def is_trace_id_random(self) -> bool:
+        return True
 
 
 class _Api:

@@ -33,7 +33,14 @@ def test_lookup_measures_both_transports() -> None:
     config = lookup.LookupConfig(chunks=1000, prompt_tokens=2048, lookups=10, runs=1)
     report = lookup.run(config)
     assert [row[:2] for row in report.rows] == [("ipc", 1000), ("tcp", 1000)]
-    assert list(report.ratios) == ["p50_ms", "p99_ms", "bytes_per_chunk"]
+    assert list(report.ratios) == [
+        "p50_ms",
+        "p99_ms",
+        "bytes_per_chunk",
+        "hit_with_metrics_over_without",
+        "miss_with_metrics_over_without",
+    ]
+    assert report.notes[0].startswith("metrics and explanations add ")
     assert 0 < report.ratios["p50_ms"] <= report.ratios["p99_ms"]
 
 

@@ -54,6 +54,7 @@ VALID: dict[str, Any] = {
     "http_dashboard": False,
     "http_token_file": "/run/token",
     "http_port": 0,
+    "tracing": True,
     "log_level": "DEBUG",
 }
 

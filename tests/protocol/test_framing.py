@@ -29,8 +29,10 @@ MESSAGES: list[m.Message] = [
     m.Hello(m.PROTOCOL_VERSION, "session", "vllm worker 0"),
     m.Register(SPACE),
     m.Lookup("r", b"f" * 32, Prefix(b"h" * 64, b"r" * 32, 35, b"0" * 32)),
+    m.Lookup("r", b"f" * 32, Prefix(b"h" * 64, b"r" * 32, 35, b"0" * 32), traceparent="00-a-b-01"),
     m.Release("r"),
     m.Reserve(b"f" * 32, 1, (PIECE,)),
+    m.Reserve(b"f" * 32, 1, (PIECE,), ("00-a-b-01",)),
     m.Commit(0, (b"h" * 32,)),
     m.Abort(0, (b"h" * 32,)),
     m.Fetch("r", 0, b"f" * 32, (b"h" * 32,)),
@@ -154,3 +156,23 @@ def test_limits() -> None:
 def test_fields_of_a_later_version_are_passed_over() -> None:
     later = msgspec.msgpack.encode({"type": "Ping", "colour": "green", "more": {"a": [1, 2]}})
     assert decode_request([memoryview(b"\0" * 8), memoryview(later)])[1] == m.Ping()
+
+
+class _OldLookup(msgspec.Struct, frozen=True, tag="Lookup", omit_defaults=True):
+    """As it was before requests could be traced."""
+
+    request_id: str
+    namespace: bytes
+    prefix: Prefix
+    first_token: int = 0
+
+
+def test_a_peer_that_knows_no_traces_is_understood_and_understands() -> None:
+    prefix = Prefix(b"h" * 64, b"", 32, b"0" * 32)
+    new = m.Lookup("r", b"f" * 32, prefix, 16, "00-a-b-01")
+    old = _OldLookup("r", b"f" * 32, prefix, 16)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(new), type=_OldLookup) == old
+    parts = [memoryview(b"\0" * 8), memoryview(msgspec.msgpack.encode(old))]
+    assert decode_request(parts)[1] == m.Lookup("r", b"f" * 32, prefix, 16)
+    untraced = m.Lookup("r", b"f" * 32, prefix, 16)
+    assert msgspec.msgpack.encode(untraced) == msgspec.msgpack.encode(old), "nothing more goes over the wire"

@@ -324,7 +324,7 @@ _METHOD = (
     "{config.prompts} prompts of {config.prompt_tokens} tokens of natural text, stored in Redis before. Seconds "
     "are times to the first token with L1 empty, {config.pause_seconds:g} s apart. The link to Redis has 'speed' "
     "times the bandwidth at which loading takes as long as computing took. At each speed: one request with gate: "
-    "auto whose estimate is that of the speed before (first), then {config.pairs} pairs of auto and never (recompute), "
-    "then {fewer} of auto and always, in turns. Ratios are medians of the ratios of neighbours; "
+    "auto whose estimate is that of the speed before (first), then {config.pairs} pairs of auto and never "
+    "(recompute), then {fewer} of auto and always, in turns. Ratios are medians of the ratios of neighbours; "
     "auto_over_recompute is the largest of them."
 )

@@ -206,7 +206,7 @@ class Cache:
         num_asked = lookup.prefix.num_tokens - lookup.first_block * lookup.namespace.layout.block_size
         self.metrics.looked_up(num_asked, hit.tokens_by_tier, hit.miss_reason, seconds)
         num_found = sum(hit.tokens_by_tier.values())
-        saved = self.gate.prefill_seconds(lookup.namespace.fingerprint, num_found)
+        saved = num_found and self.gate.prefill_seconds(lookup.namespace.fingerprint, num_found)
         if saved:
             self.metrics.prefill_saved(saved)
 

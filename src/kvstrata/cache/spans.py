@@ -31,7 +31,7 @@ class LookupSpan:
         self._span = tracer.begin("kvstrata.lookup", attributes, parent=traceparent, kind="server")
         self._linked: set[Span] = set()
 
-    def contained(self, tier: str, held: Sequence[bool] | None, seconds: float) -> None:
+    def contained(self, tier: str, held: Sequence[int] | None, seconds: float) -> None:
         """A tier said which of the keys it was asked for it holds; ``held`` is None when it did not."""
         attributes: dict[str, str | int] = {"kvstrata.tier": tier}
         if held is not None:

@@ -23,6 +23,7 @@ from kvstrata.policies.base import EvictionPolicy
 from kvstrata.policies.lru import LRUPolicy
 from kvstrata.testing.waiting import PATIENCE_SECONDS
 from kvstrata.tiers.base import Tier
+from kvstrata.tracing import Tracer
 from kvstrata.types import Hit, Namespace, Piece, Prefix
 
 
@@ -43,6 +44,7 @@ def open_core(
     probe_seconds: float = 0.05,
     num_workers: int = 4,
     clock: Callable[[], float] = time.monotonic,
+    tracer: Tracer | None = None,
 ) -> Iterator[Cache]:
     """A core whose tiers are named ``tier0``, ``tier1`` ...; the first of ``codecs`` is what they write with."""
     metrics = Metrics()
@@ -73,6 +75,7 @@ def open_core(
         read_fastest=read_fastest,
         lookup_timeout_seconds=lookup_timeout_seconds,
         clock=clock,
+        tracer=tracer,
     )
     try:
         yield cache

@@ -324,9 +324,9 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Disconnect; the server ends what is left of the leases."""
-        self._client.close()
         if self._tracer is not None:
-            self._tracer.close()
+            self._tracer.close()  # first: whoever ends this process does not wait for long
+        self._client.close()
 
 
 def _hashed(tracked: Tracked, compute: Callable[[], _T]) -> _T | None:

@@ -268,6 +268,6 @@ class WorkerSide:
 
     def close(self) -> None:
         """Disconnect."""
-        self._client.close()
         if self._tracer is not None:
-            self._tracer.close()
+            self._tracer.close()  # first: whoever ends this process does not wait for long
+        self._client.close()
