@@ -148,7 +148,7 @@ def test_vllm_evicts_what_a_look_up_left_out(make_engine, disk_client, monkeypat
     disk_client.clear(tiers=False)
     lookup, seen = disk_client.lookup, []
 
-    def held_up(request_id, namespace, prefix, first_token=0):
+    def held_up(request_id, namespace, prefix, first_token=0, **_):
         seen.append(first_token)
         return PENDING if len(seen) < 4 else lookup(request_id, namespace, prefix, first_token)
 
