@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.codecs.pages import ELEMENTS, from_float32, kv_shape, pack, to_float32, unpack, why_opaque
+from kvstrata.codecs.pages import (
+    ELEMENTS,
+    MAX_NUMBER,
+    from_float32,
+    kv_shape,
+    pack,
+    to_float32,
+    unpack,
+    why_opaque,
+)
 from kvstrata.errors import LayoutError
 from kvstrata.testing.codec import PAGE_ORDERS, describe_kv
 from kvstrata.types import PageFormat
@@ -141,13 +150,15 @@ def test_every_bfloat16_is_a_number_and_back() -> None:
     assert numbers[0xC049] == -3.140625
     real = ~np.isnan(numbers)
     assert np.array_equal(from_float32(numbers[real], "bfloat16"), bits[real])
-    # halves between two of them go to the even one, a little more or less to the nearest
-    middle = (0x3F800000, 0x3F808000, 0x3F808001, 0x3F818000, 0x3F817FFF)
-    rounded = from_float32(np.array(middle, np.uint32).view(np.float32), "bfloat16")
-    assert rounded.tolist() == [0x3F80, 0x3F80, 0x3F81, 0x3F82, 0x3F81]
+    between = np.array([0x3F807FFF, 0x3F808001, 0xBF817FFF, 0xBF818001], np.uint32).view(np.float32)
+    assert from_float32(between, "bfloat16").tolist() == [0x3F80, 0x3F81, 0xBF81, 0xBF82]
 
 
-def test_float16_stays_finite() -> None:
-    numbers = np.array([1e6, -1e6, 65_519, 1.0], np.float32)
-    assert from_float32(numbers, "float16").tolist() == [65_504, -65_504, 65_504, 1]
-    assert to_float32(np.array([0.5], np.float16), "float16").dtype == np.float32
+@pytest.mark.parametrize("dtype", [*ELEMENTS])
+def test_the_largest_number_of_a_type_is_finite_and_the_largest(dtype: str) -> None:
+    largest = np.array([MAX_NUMBER[dtype], -MAX_NUMBER[dtype]], np.float32)
+    elements = from_float32(largest, dtype)
+    assert np.array_equal(to_float32(elements, dtype), largest)
+    bits = elements[:1].view(np.uint32 if dtype == "float32" else np.uint16)
+    with np.errstate(all="ignore"):
+        assert np.isinf(to_float32((bits + 1).view(elements.dtype), dtype))

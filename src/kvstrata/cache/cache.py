@@ -31,6 +31,7 @@ from kvstrata.cache.spans import LookupSpan
 from kvstrata.cache.stores import Stores
 from kvstrata.cache.walk import Walk, first_missing, walk
 from kvstrata.cache.writes import Writes
+from kvstrata.errors import LayoutError
 from kvstrata.frame import HEADER_BYTES
 from kvstrata.metrics import Metrics
 from kvstrata.tracing import Tracer
@@ -96,9 +97,27 @@ class Cache:
         self.quotas = SaltQuotas(self._l1, tiers)
 
     def intern(self, namespace: Namespace) -> Namespace:
-        """The one object that stands for a namespace in this core; entries compare namespaces by identity."""
+        """The one object that stands for a namespace in this core; entries compare namespaces by identity.
+
+        Raises:
+            LayoutError: a tier has a codec that cannot encode its KV.
+        """
+        fingerprint = namespace.fingerprint
+        known = self._namespaces.get(fingerprint)
+        if known is not None:
+            return known
+        self._check_codecs(namespace)
         with self._lock:
-            return self._namespaces.setdefault(namespace.fingerprint, namespace)
+            return self._namespaces.setdefault(fingerprint, namespace)
+
+    def _check_codecs(self, namespace: Namespace) -> None:
+        for tier in self.tiers:
+            reason = tier.codec.why_not(namespace.layout) if tier.write_policy != "none" else ""
+            if reason:
+                raise LayoutError(
+                    f"tier {tier.name}: codec {tier.codec.name} cannot encode the KV of {namespace.model_name}: "
+                    f"{reason}. Choose a lossless codec for this tier; until then nothing of this model is cached"
+                )
 
     # Lookup
 

@@ -65,6 +65,8 @@ class RemoteClient(Client):
         self._welcome_by = 0.0
         """Until when a server that has just come (back) is expected to let us in: a look-up may wait for that."""
         self._registered: set[bytes] = set()
+        self._refused: set[bytes] = set()
+        """Namespaces that this server does not take; it has said why."""
         self._holdings = Holdings()
         self._has_told = False
         """Whether something was said since the last answer, that the server may not have carried out yet."""
@@ -114,6 +116,7 @@ class RemoteClient(Client):
             return False
         self._welcome = reply
         self._registered.clear()
+        self._refused.clear()
         self._chunk_size = reply.chunk_size
         for message in self._holdings.greeted(reply.pool_id):
             self._channel.tell(message)
@@ -176,8 +179,12 @@ class RemoteClient(Client):
         if not self.connected:
             return None
         fingerprint = namespace.fingerprint
+        if fingerprint in self._refused:
+            return None
         if fingerprint not in self._registered:
             if self._ask(m.Register(namespace)) is None:
+                if self._welcome is not None:  # it is there, and has said why: once is enough
+                    self._refused.add(fingerprint)
                 return None
             self._registered.add(fingerprint)
         return fingerprint

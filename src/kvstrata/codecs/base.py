@@ -105,6 +105,14 @@ class Codec(ABC):
         """Whether only holders of a key can read, or make, what it encodes."""
         return self.stage is Stage.ENCRYPT
 
+    def why_not(self, layout: KVLayout) -> str:
+        """Why KV of this layout cannot be encoded, in one line; empty when it can. Asked when an engine registers.
+
+        A lossless codec takes everything.
+        """
+        del layout
+        return ""
+
     @abstractmethod
     def max_encoded_bytes(self, what: PayloadDescription) -> int:
         """The largest size that ``encode`` can produce for such a payload."""

@@ -37,6 +37,9 @@ class ChainCodec(Codec):
     def encrypts(self) -> bool:
         return self.codecs[-1].encrypts
 
+    def why_not(self, layout: KVLayout) -> str:
+        return self.codecs[0].why_not(layout)
+
     def max_encoded_bytes(self, what: PayloadDescription) -> int:
         for codec in self.codecs:
             what = what.encoded(codec.max_encoded_bytes(what))

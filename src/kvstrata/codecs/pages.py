@@ -26,6 +26,12 @@ ELEMENTS: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
 }
 """What payloads are unpacked to, by the layout's element type. NumPy has no bfloat16: its bits."""
+MAX_NUMBER = {
+    "bfloat16": np.float32((2 - 2**-7) * 2.0**127),
+    "float16": np.float32(65_504),
+    "float32": np.finfo(np.float32).max,
+}
+"""The largest number of each type."""
 
 _MAX_ELEMENTS = 1 << 24
 
@@ -178,11 +184,18 @@ def to_float32(elements: Array, dtype: str) -> NDArray[np.float32]:
 
 
 def from_float32(numbers: NDArray[np.float32], dtype: str) -> Array:
-    """Numbers, none of them NaN, as elements of type ``dtype``; rounded to the nearest, ties to even."""
-    if dtype == "float32":
-        return numbers
-    if dtype == "float16":
-        largest = np.float32(np.finfo(np.float16).max)
-        return np.clip(numbers, -largest, largest).astype(np.float16)
-    bits = np.ascontiguousarray(numbers).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    """Numbers up to :data:`MAX_NUMBER` as elements of type ``dtype``, rounded to the nearest."""
+    elements = np.empty(numbers.shape, ELEMENTS[dtype])
+    store_float32(numbers.copy(), dtype, elements)
+    return elements
+
+
+def store_float32(numbers: NDArray[np.float32], dtype: str, into: Array) -> None:
+    """As :func:`from_float32`, into a view of any strides. ``numbers`` are contiguous and change."""
+    if dtype == "bfloat16":
+        bits = numbers.view(np.uint32)
+        bits += 0x8000
+        # The high halves as they lie are copied as fast as they would be shifted out, in one step less.
+        into[...] = numbers.view("<u2").reshape(*numbers.shape, 2)[..., 1]
+    else:
+        np.copyto(into, numbers, casting="same_kind")

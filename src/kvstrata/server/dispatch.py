@@ -8,7 +8,7 @@ from typing import assert_never
 
 from kvstrata.__about__ import __version__
 from kvstrata.cache.cache import Cache
-from kvstrata.errors import ProtocolError
+from kvstrata.errors import LayoutError, ProtocolError
 from kvstrata.protocol import messages as m
 from kvstrata.protocol.checks import (
     MAX_SHARDS,
@@ -80,7 +80,10 @@ class Dispatcher:
         match request:
             case m.Register(namespace=namespace):
                 check_namespace(namespace)
-                session.namespaces[namespace.fingerprint] = cache.intern(namespace)
+                try:
+                    session.namespaces[namespace.fingerprint] = cache.intern(namespace)
+                except LayoutError as error:
+                    raise ProtocolError(str(error)) from None
                 return m.Done(), ()
             case m.Release(request_id=request_id):
                 cache.release(owner, request_id)

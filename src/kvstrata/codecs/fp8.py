@@ -1,0 +1,112 @@
+"""``fp8``: floats of 8 bits (E4M3FN, OCP 8-bit Floating Point Specification), scaled per layer and head.
+
+Keys and values have scales of their own: the power of two that brings the largest magnitude of a head to 448 or
+below. What was decoded is encoded to the same bytes again: passing through several tiers loses no more than one.
+
+Encoded: the exponents of the scales (one signed byte for each part and head), then per part and head the codes of
+all tokens and dims.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstrata.codecs.base import check_parameters, corrupt
+from kvstrata.codecs.pages import MAX_NUMBER, Array, from_float32
+from kvstrata.codecs.quantising import Bytes, Numbers, QuantisingCodec, Restore, Scheme, Shape
+
+_MAX_EXPONENT = 120
+"""Of scales: beyond it they leave the range of float32."""
+
+
+def _values() -> Numbers:
+    """What the 256 codes stand for. The two for NaN are not used."""
+    codes = np.arange(128)
+    exponents, mantissas = codes >> 3, codes & 7
+    normal = np.ldexp(8 + mantissas, exponents - 10)
+    positive = np.where(exponents > 0, normal, np.ldexp(mantissas, -9)).astype(np.float32)
+    return np.concatenate([positive, -positive])
+
+
+VALUES = _values()
+MAX_VALUE = np.float32(448)
+
+
+def _codes() -> Bytes:
+    """The code nearest to each bfloat16, by its bits; in the middle the even one; 448 for what is larger."""
+    bits = np.arange(1 << 15, dtype=np.uint32)
+    numbers = np.nan_to_num((bits << 16).view(np.float32), nan=np.inf, posinf=np.inf).clip(max=MAX_VALUE)
+    values = VALUES[:127]
+    middles = (values[1:] + values[:-1]) / 2
+    below, upto = np.searchsorted(middles, numbers, "left"), np.searchsorted(middles, numbers, "right")
+    codes = np.where(below % 2 == 0, below, upto).astype(np.uint8)
+    return np.concatenate([codes, codes | 0x80])
+
+
+_CODES = _codes()
+
+
+class FP8Codec(QuantisingCodec):
+    """Half of 16 bits."""
+
+    name: ClassVar[str] = "fp8"
+
+    @property
+    def parameters(self) -> str:
+        return "v1"
+
+    def scheme(self, shape: Shape, parameters: str) -> Scheme:
+        check_parameters(self.name, parameters, self.parameters)
+        return _FP8(shape)
+
+
+class _FP8(Scheme):
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._scales = shape.num_parts * shape.heads
+        self.encoded_bytes = self._scales + shape.num_parts * shape.elements
+
+    def _exponents(self, encoded: Bytes) -> NDArray[np.int8]:
+        """Views: parts x heads."""
+        return encoded[: self._scales].view(np.int8).reshape(self._shape.num_parts, self._shape.heads)
+
+    def _codes(self, encoded: Bytes) -> Bytes:
+        """Views: parts x heads x tokens x dims."""
+        shape = self._shape
+        return encoded[self._scales :].reshape(shape.num_parts, shape.heads, shape.tokens, shape.dims)
+
+    def quantise(self, index: int, part: Numbers, encoded: Bytes) -> None:
+        mantissas, exponents = np.frexp(np.abs(part).max(axis=(0, 2)))
+        # 448 is 7/8 * 2^9.
+        exponents = (exponents - 9 + (mantissas > 7 / 8)).clip(-_MAX_EXPONENT, _MAX_EXPONENT)
+        self._exponents(encoded)[index] = exponents
+        part *= np.ldexp(np.float32(1), -exponents)[:, None]
+        self._codes(encoded)[index] = _nearest(part).transpose(1, 0, 2)
+
+    def restorer(self, encoded: Bytes) -> Restore:
+        exponents, codes = self._exponents(encoded).astype(np.int32), self._codes(encoded)
+        if (np.abs(exponents) > _MAX_EXPONENT).any():
+            raise corrupt(FP8Codec.name, "a scale that no head has")
+        # A table per part and head: faster than to scale after the look-up, and right for every type.
+        with np.errstate(over="ignore"):
+            values = np.ldexp(VALUES, exponents[:, :, None])
+        limit = MAX_NUMBER[self._shape.dtype]
+        tables = from_float32(values.clip(-limit, limit), self._shape.dtype)
+
+        def restore(index: int, into: Array) -> None:
+            for head in range(self._shape.heads):
+                # Codes are bytes: nothing is to be clipped, but the other modes take longer.
+                np.take(tables[index, head], codes[index, head], out=into[:, head], mode="clip")
+
+        return restore
+
+
+def _nearest(numbers: Numbers) -> Bytes:
+    """Codes of numbers that are scaled. By way of bfloat16, rounded to odd: so the second rounding is right."""
+    bits = numbers.view(np.uint32)
+    halves = (bits >> 16).astype(np.uint16)
+    halves |= (bits & 0xFFFF) != 0
+    return np.take(_CODES, halves, mode="clip")
