@@ -191,8 +191,8 @@ class CacheGenCodec(Codec):
             return
         try:
             layers, _, tokens, heads, dims = kv_shape(what)
-        except LayoutError as error:
-            raise corrupt(self.name, str(error)) from None
+        except LayoutError as error:  # others know how to unpack it
+            raise FrameError(MissReason.UNKNOWN_CODEC, str(error)) from None
         num_exact = _num_exact(what)
         exact = np.empty((layers, 2, num_exact, heads, dims), ELEMENTS[what.dtype])
         parts = self._split(encoded, exact.nbytes)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvstrata.codecs.base import Codec, PayloadDescription, corrupt
 from kvstrata.errors import FrameError
-from kvstrata.types import MissReason
+from kvstrata.types import KVLayout, MissReason
 
 SEPARATOR = "+"
 _SIZE = struct.Struct("<Q")

@@ -58,8 +58,11 @@ class FP8Codec(QuantisingCodec):
     def parameters(self) -> str:
         return "v1"
 
-    def scheme(self, shape: Shape, parameters: str) -> Scheme:
+    def check(self, parameters: str) -> None:
         check_parameters(self.name, parameters, self.parameters)
+
+    def scheme(self, shape: Shape, parameters: str) -> Scheme:
+        del parameters
         return _FP8(shape)
 
 

@@ -52,7 +52,13 @@ class IntegerCodec(QuantisingCodec):
     def parameters(self) -> str:
         return f"v1,{self._group}"
 
+    def check(self, parameters: str) -> None:
+        self._group_in(parameters)
+
     def scheme(self, shape: Shape, parameters: str) -> Scheme:
+        return _Integers(shape, self.name, self.bits, self._group_in(parameters))
+
+    def _group_in(self, parameters: str) -> int:
         match = _PARAMETERS.fullmatch(parameters)
         group = int(match[1]) if match else 0
         if not _MIN_GROUP <= group <= _MAX_GROUP:
@@ -60,7 +66,7 @@ class IntegerCodec(QuantisingCodec):
                 MissReason.UNKNOWN_CODEC,
                 f"codec {self.name} with parameters {parameters!r} is not known here",
             )
-        return _Integers(shape, self.name, self.bits, group)
+        return group
 
 
 class Int8Codec(IntegerCodec):
@@ -147,8 +153,7 @@ class _Integers(Scheme):
         all_groups = to_float32(encoded[: self._groups_bytes].view("<u2"), "bfloat16")
         if not np.isfinite(all_groups).all():
             raise corrupt(self._name, "a step or a middle that no group has")
-        limit = MAX_NUMBER[shape.dtype]
-        is_near_limit = bool(np.abs(all_groups).max(initial=0) > limit / (4 * top))
+        limit = MAX_NUMBER["float16"]
         codes = np.empty(shape.elements, np.uint8)
         flat = np.empty(shape.elements, np.float32)
 
@@ -161,7 +166,7 @@ class _Integers(Scheme):
                 for numbers, (step, lowest) in self._in_blocks(index, flat, groups):
                     np.multiply(numbers, step, out=numbers)
                     np.add(numbers, lowest, out=numbers)
-            if is_near_limit:
+            if shape.dtype == "float16":  # numbers of other types are far from their limits
                 np.clip(flat, -limit, limit, out=flat)
             store_float32(flat.reshape(into.shape), shape.dtype, into)
 
@@ -178,5 +183,4 @@ class _Integers(Scheme):
 
 def _rounded(numbers: Numbers) -> Numbers:
     """To what a bfloat16 can hold."""
-    limit = MAX_NUMBER["bfloat16"]
-    return to_float32(from_float32(numbers.clip(-limit, limit), "bfloat16"), "bfloat16")
+    return to_float32(from_float32(numbers, "bfloat16"), "bfloat16")

@@ -1,8 +1,8 @@
 """What ``fp8``, ``int8``, ``int4`` share: a payload is taken apart into parts, the keys or the values of a layer.
 
-Encoded are the payload's tokens; what lies behind the last one is left out, and is zero in what is decoded. Where
-that would be no smaller, or a number is not finite, the payload is stored as it is: exactly as many bytes as the
-payload are the payload.
+Encoded are the payload's tokens; what lies behind the last one is left out, and is zero in what is decoded. Stored as
+it is, told by its size, is a payload that would be no smaller, one that cannot be taken apart, and one with a number
+that is not finite or is beyond 1e37.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from kvstrata.codecs.base import Codec, PayloadDescription, Stage, corrupt
 from kvstrata.codecs.pages import ELEMENTS, Array, keys_and_values, kv_shape, to_float32, why_opaque
 from kvstrata.errors import FrameError, LayoutError
 from kvstrata.types import KVLayout, MissReason
+
+_LARGEST = 1e37
+"""So that nothing in between leaves the range of float32."""
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.float32]
@@ -73,12 +76,12 @@ class QuantisingCodec(Codec):
     lossless: ClassVar[bool] = False
 
     @abstractmethod
-    def scheme(self, shape: Shape, parameters: str) -> Scheme:
-        """How frames with these parameters hold such a payload.
+    def check(self, parameters: str) -> None:
+        """Raises FrameError unless frames with these parameters are understood."""
 
-        Raises:
-            FrameError: the parameters are not understood; the reason is ``unknown_codec``.
-        """
+    @abstractmethod
+    def scheme(self, shape: Shape, parameters: str) -> Scheme:
+        """How frames with these parameters, which are understood, hold such a payload."""
 
     def why_not(self, layout: KVLayout) -> str:
         return why_opaque(layout)
@@ -87,25 +90,29 @@ class QuantisingCodec(Codec):
         return what.payload_bytes
 
     def encode(self, payload: memoryview, what: PayloadDescription, into: memoryview) -> int:
-        """Raises LayoutError for a payload that :meth:`why_not` has a reason for."""
-        shape = _shape(what)
-        scheme = self.scheme(shape, self.parameters)
-        if scheme.encoded_bytes < what.payload_bytes and _quantise(payload, what, shape, scheme, into):
-            return scheme.encoded_bytes
+        try:
+            shape = _shape(what)
+        except LayoutError:  # refused when the engine registered; what comes all the same is kept
+            shape = None
+        if shape is not None:
+            scheme = self.scheme(shape, self.parameters)
+            if scheme.encoded_bytes < what.payload_bytes and _quantise(payload, what, shape, scheme, into):
+                return scheme.encoded_bytes
         into[: what.payload_bytes] = payload
         return what.payload_bytes
 
     def decode(
         self, encoded: memoryview, what: PayloadDescription, parameters: str, into: memoryview
     ) -> None:
+        self.check(parameters)
+        if len(encoded) == what.payload_bytes:
+            into[:] = encoded
+            return
         try:
             shape = _shape(what)
         except LayoutError as error:  # others know how to unpack it
             raise FrameError(MissReason.UNKNOWN_CODEC, str(error)) from None
         scheme = self.scheme(shape, parameters)
-        if len(encoded) == what.payload_bytes:
-            into[:] = encoded
-            return
         if len(encoded) != scheme.encoded_bytes:
             raise corrupt(self.name, f"{len(encoded)} bytes for a payload of {what.payload_bytes}")
         restore = scheme.restorer(np.frombuffer(encoded, np.uint8))
@@ -136,13 +143,13 @@ def _parts(payload: memoryview, what: PayloadDescription) -> Iterator[tuple[int,
 def _quantise(
     payload: memoryview, what: PayloadDescription, shape: Shape, scheme: Scheme, into: memoryview
 ) -> bool:
-    """False when there are numbers that are not finite."""
+    """False when there are numbers that are too large, or none."""
     encoded = np.frombuffer(into, np.uint8)[: scheme.encoded_bytes]
     room = _room(what, shape)
     for index, view in _parts(payload, what):
         room.reshape(view.shape)[...] = view
         part = to_float32(room[: shape.tokens], what.dtype)
-        if not np.isfinite(part).all():
+        if not np.abs(part).max() <= _LARGEST:  # nor is NaN
             return False
         scheme.quantise(index, part, encoded)
     return True
