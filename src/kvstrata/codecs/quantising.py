@@ -1,8 +1,8 @@
 """What ``fp8``, ``int8``, ``int4`` share: a payload is taken apart into parts, the keys or the values of a layer.
 
-Encoded are the payload's tokens; what lies behind the last one is left out, and is zero in what is decoded. Stored as
-it is, told by its size, is a payload that would be no smaller, one that cannot be taken apart, and one with a number
-that is not finite or is beyond 1e37.
+Encoded are the payload's tokens; what lies behind the last one is left out, and is zero in what is decoded. A
+payload that would be no smaller, one that cannot be taken apart, and one with a number that is not finite or beyond
+1e37 is stored as it is, and told by its size.
 """
 
 from __future__ import annotations
