@@ -23,6 +23,7 @@ from kvstrata.cache.index import Index, State
 from kvstrata.cache.io import TierIO
 from kvstrata.cache.l1 import L1
 from kvstrata.cache.lookups import Lookup
+from kvstrata.cache.namespaces import Namespaces
 from kvstrata.cache.popular import CommonPrefix, Popular, common_prefixes
 from kvstrata.cache.prefetch import Prefetch
 from kvstrata.cache.quotas import SaltQuotas
@@ -31,7 +32,6 @@ from kvstrata.cache.spans import LookupSpan
 from kvstrata.cache.stores import Stores
 from kvstrata.cache.walk import Walk, first_missing, walk
 from kvstrata.cache.writes import Writes
-from kvstrata.errors import LayoutError
 from kvstrata.frame import HEADER_BYTES
 from kvstrata.metrics import Metrics
 from kvstrata.tracing import Tracer
@@ -90,7 +90,7 @@ class Cache:
         self._prefetch = Prefetch(
             self._l1, tiers, self._clears, gate, metrics, read_fastest=read_fastest, clock=clock
         )
-        self._namespaces: dict[bytes, Namespace] = {}
+        self._namespaces = Namespaces(tiers)
         self._lookups: dict[tuple[str, str], Lookup] = {}
         self._recent = Recent()
         self._popular = Popular()
@@ -102,22 +102,7 @@ class Cache:
         Raises:
             LayoutError: a tier has a codec that cannot encode its KV.
         """
-        fingerprint = namespace.fingerprint
-        known = self._namespaces.get(fingerprint)
-        if known is not None:
-            return known
-        self._check_codecs(namespace)
-        with self._lock:
-            return self._namespaces.setdefault(fingerprint, namespace)
-
-    def _check_codecs(self, namespace: Namespace) -> None:
-        for tier in self.tiers:
-            reason = tier.codec.why_not(namespace.layout) if tier.write_policy != "none" else ""
-            if reason:
-                raise LayoutError(
-                    f"tier {tier.name}: codec {tier.codec.name} cannot encode the KV of {namespace.model_name}: "
-                    f"{reason}. Choose a lossless codec for this tier; until then nothing of this model is cached"
-                )
+        return self._namespaces.intern(namespace)
 
     # Lookup
 
@@ -382,8 +367,7 @@ class Cache:
 
     def namespaces(self) -> list[Namespace]:
         """The namespaces that clients have registered since the start."""
-        with self._lock:
-            return list(self._namespaces.values())
+        return self._namespaces.all()
 
     def report_prefill(self, namespace: Namespace, num_tokens: int, seconds: float) -> None:
         """See ``client.base.Client.report_prefill``."""
