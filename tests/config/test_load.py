@@ -25,6 +25,7 @@ VALID: dict[str, Any] = {
     "min_retrieve_tokens": 7,
     "gate": "never",
     "read_policy": "fastest",
+    "isolation": "salt",
     "lookup_timeout_ms": 10,
     "local_cpu": False,
     "max_local_cpu_size": 1.5,

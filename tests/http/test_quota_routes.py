@@ -98,6 +98,21 @@ def test_salts_are_told_nowhere(served: Served, caplog: pytest.LogCaptureFixture
     assert "quota acme set by an operator" in caplog.text
 
 
+def test_with_isolation_entries_are_listed_to_who_names_their_salt(tmp_path: Path) -> None:
+    changes = {"runtime_dir": str(tmp_path), "local_disk": str(tmp_path / "kv"), "isolation": "salt"}
+    with serving(small_settings(**changes)) as served:
+        put(served, 3, SECRET)
+        put(served, 2, "")
+        counts = [
+            len(served.api.get(f"/entries{query}")["entries"]) for query in ("", f"?salt={SECRET}", "?salt=x")
+        ]
+        assert counts == [2, 3, 0]
+        refused = served.api.ask("GET", "/entries?tier=disk")
+        assert (refused.status, "isolation" in refused.json["detail"]) == (422, True)
+        key = served.api.get(f"/entries?salt={SECRET}")["entries"][0]["key"]
+        assert served.api.get(f"/entries/{key}")["l1"]["key"] == key, "who knows a key may ask for it"
+
+
 class Shell:
     """Runs commands against the server."""
 

@@ -75,6 +75,7 @@ def build_cache(
         gate=Gate(settings.gate),
         keep_in_l1=settings.local_cpu,
         read_fastest=settings.read_policy == "fastest",
+        isolated=settings.isolation == "salt",
         lookup_timeout_seconds=settings.lookup_timeout_ms / 1000,
         tracer=tracer,
     )

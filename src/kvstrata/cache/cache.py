@@ -60,6 +60,7 @@ class Cache:
         gate: Gate,
         keep_in_l1: bool = True,
         read_fastest: bool = False,
+        isolated: bool = False,
         lookup_timeout_seconds: float = 3.0,
         clock: Callable[[], float] = time.monotonic,
         tracer: Tracer | None = None,
@@ -69,6 +70,7 @@ class Cache:
         Args:
             keep_in_l1: false: L1 only passes data on to and from the tiers.
             read_fastest: what several tiers hold is read from the one measured fastest, not from the first.
+            isolated: nothing that belongs to a salt is listed, or told to requests of other salts.
         """
         self.pool = pool
         self.pool_id = pool_id
@@ -77,6 +79,7 @@ class Cache:
         self._tier_names = [tier.name for tier in tiers]
         self.metrics = metrics
         self.gate = gate
+        self.isolated = isolated
         self.stores_frozen = False
         """An operator wants nothing new to be stored, in no tier; what is held is served on."""
         self._lookup_timeout_seconds = lookup_timeout_seconds
@@ -230,7 +233,7 @@ class Cache:
     def recent(self, limit: int) -> list[Explanation]:
         """The lookups that were answered last, the latest first."""
         with self._lock:
-            found = list(itertools.islice(self._recent, limit))
+            found = list(itertools.islice((x for x in self._recent if self.lists(x.prefix.salt_id)), limit))
         explanations = []
         for lookup in found:
             with self._lock:  # not once for all of them: each takes milliseconds that look-ups would wait
@@ -254,6 +257,8 @@ class Cache:
                 return None
             explanation = explain(lookup, self._tier_names)
             entries = [] if explanation.reason is None else list(self.index.entries.values())
+            if self.isolated:
+                entries = [entry for entry in entries if entry.salt_id == lookup.prefix.salt_id]
             pieces = first_missing_pieces(lookup) if entries else []
             stored = next((e for p in pieces if (e := self.index.get(p.chunk_hash, 0))), None)
         others = () if stored is None else others_with_tokens(self.pool, stored, entries)
@@ -404,11 +409,16 @@ class Cache:
         with self._lock:
             self._clears.ended(tier, namespace)
 
+    def lists(self, salt_id: bytes) -> bool:
+        """Whether what belongs to a salt is listed to who does not name it."""
+        return not (self.isolated and salt_id)
+
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
         """Readable keys of L1 that begin with ``prefix``, at most ``limit``."""
         with self._lock:
             entries = list(self.index.entries.values())
-        keys = (e.namespace.key(e.chunk_hash, e.shard) for e in entries if e.state is State.READY)
+        ready = (e for e in entries if e.state is State.READY and self.lists(e.salt_id))
+        keys = (e.namespace.key(e.chunk_hash, e.shard) for e in ready)
         return list(itertools.islice((key for key in keys if key.startswith(prefix)), max(0, limit)))
 
     def l1_stats(self) -> dict[str, Any]:

@@ -135,6 +135,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "read-only) and its own options."
         ),
     ] = ()
+    isolation: Annotated[
+        str,
+        _meta(
+            "`salt`: nothing that belongs to a `cache_salt` is listed, or told to requests of another. `none`: "
+            "operators see all of it. Hits are apart in either case."
+        ),
+    ] = "none"
     quotas: Annotated[
         tuple[dict[str, Any], ...],
         _meta(

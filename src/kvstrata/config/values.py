@@ -196,6 +196,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "remote_serde": _remote_serde,
     "gate": _one_of("auto", "always", "never"),
     "read_policy": _one_of("first", "fastest"),
+    "isolation": _one_of("none", "salt"),
     "log_level": _log_level,
     "server_url": _server_url,
     "local_disk": parse_directory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import threading
@@ -150,13 +151,21 @@ class Entries:
     def page(self, tier: str, scope: Scope, after: str, limit: int) -> EntryPage:
         """Up to ``limit`` entries of ``tier`` that are in ``scope`` and come after the key ``after``.
 
+        With isolation, a scope without a salt is that of entries without one.
+
         Raises:
             NotFoundError: there is no such tier.
             OperationError: ``scope`` or ``after`` cannot be used for this tier.
             TierUnavailable: the tier does not answer, or has too many entries for the time; narrow the prefix.
         """
+        if self._cache.isolated and scope.salt is None:
+            scope = dataclasses.replace(scope, salt="")
         if tier == L1:
             return self._l1_page(scope, after, limit)
+        if self._cache.isolated:
+            raise OperationError(
+                f"isolation is on, and keys of tier {tier} do not tell their salt: only l1 is listed"
+            )
         return self._tier_page(self.tier(tier), scope, after, limit)
 
     def _l1_page(self, scope: Scope, after: str, limit: int) -> EntryPage:
