@@ -95,8 +95,8 @@ class Cache:
         )
         self._namespaces = Namespaces(tiers)
         self._lookups: dict[tuple[str, str], Lookup] = {}
-        self._recent = Recent()
-        self._popular = Popular()
+        self._recent = Recent(isolated=isolated)
+        self._popular = Popular(isolated=isolated)
         self.quotas = SaltQuotas(self._l1, tiers)
 
     def intern(self, namespace: Namespace) -> Namespace:
@@ -233,7 +233,7 @@ class Cache:
     def recent(self, limit: int) -> list[Explanation]:
         """The lookups that were answered last, the latest first."""
         with self._lock:
-            found = list(itertools.islice((x for x in self._recent if self.lists(x.prefix.salt_id)), limit))
+            found = list(itertools.islice(self._recent.listed(), limit))
         explanations = []
         for lookup in found:
             with self._lock:  # not once for all of them: each takes milliseconds that look-ups would wait
@@ -257,11 +257,11 @@ class Cache:
                 return None
             explanation = explain(lookup, self._tier_names)
             entries = [] if explanation.reason is None else list(self.index.entries.values())
-            if self.isolated:
-                entries = [entry for entry in entries if entry.salt_id == lookup.prefix.salt_id]
             pieces = first_missing_pieces(lookup) if entries else []
             stored = next((e for p in pieces if (e := self.index.get(p.chunk_hash, 0))), None)
-        others = () if stored is None else others_with_tokens(self.pool, stored, entries)
+        others = (
+            () if stored is None else others_with_tokens(self.pool, stored, entries, same_salt=self.isolated)
+        )
         return msgspec.structs.replace(explanation, same_tokens=others)
 
     # Store
@@ -409,17 +409,13 @@ class Cache:
         with self._lock:
             self._clears.ended(tier, namespace)
 
-    def lists(self, salt_id: bytes) -> bool:
-        """Whether what belongs to a salt is listed to who does not name it."""
-        return not (self.isolated and salt_id)
-
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
         """Readable keys of L1 that begin with ``prefix``, at most ``limit``."""
         with self._lock:
             entries = list(self.index.entries.values())
-        ready = (e for e in entries if e.state is State.READY and self.lists(e.salt_id))
-        keys = (e.namespace.key(e.chunk_hash, e.shard) for e in ready)
-        return list(itertools.islice((key for key in keys if key.startswith(prefix)), max(0, limit)))
+        ready = (e for e in entries if e.state is State.READY and not (self.isolated and e.salt_id))
+        keys = (key for e in ready if (key := e.namespace.key(e.chunk_hash, e.shard)).startswith(prefix))
+        return list(itertools.islice(keys, max(0, limit)))
 
     def l1_stats(self) -> dict[str, Any]:
         """Sizes and counts of L1 as of now."""

@@ -181,8 +181,11 @@ def _detail(lookup: Lookup, reason: MissReason | None, tier_names: Sequence[str]
             return f"a tier could not deliver what it holds: {reason.value}"
 
 
-def others_with_tokens(pool: memoryview, stored: Entry, entries: Sequence[Entry]) -> tuple[OtherHolding, ...]:
-    """Those of ``entries`` that hold the same tokens as ``stored`` under another key, a few of them.
+def others_with_tokens(
+    pool: memoryview, stored: Entry, entries: Sequence[Entry], *, same_salt: bool
+) -> tuple[OtherHolding, ...]:
+    """Those of ``entries`` that hold the same tokens as ``stored`` under another key, a few of them; with
+    ``same_salt`` none of other salts.
 
     Reads headers in slots without the lock: what is freed meanwhile is left out afterwards.
     """
@@ -195,6 +198,7 @@ def others_with_tokens(pool: memoryview, stored: Entry, entries: Sequence[Entry]
         if entry.num_tokens == stored.num_tokens
         and entry.shard == stored.shard
         and entry.key != stored.key
+        and not (same_salt and entry.salt_id != stored.salt_id)
         and tokens_hash_in(pool[entry.offset : entry.offset + HEADER_BYTES]) == wanted
         and entry.state is State.READY
     )

@@ -51,13 +51,15 @@ class CommonPrefix(msgspec.Struct):
 class Popular:
     """A bounded count of where hits ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, isolated: bool = False) -> None:
+        """``isolated``: what belongs to a salt is not counted."""
+        self._isolated = isolated
         self._ends: dict[bytes, End] = {}
 
     def add(self, lookup: Lookup) -> None:
         """``lookup`` was answered."""
         pieces = lookup.hit.pieces if lookup.hit is not None else ()
-        if not pieces:
+        if not pieces or (self._isolated and lookup.prefix.salt_id):
             return
         end = self._ends.get(pieces[-1].chunk_hash)
         if end is None:

@@ -14,7 +14,9 @@ MAX_RECENT = 256
 class Recent:
     """A bounded ring."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, isolated: bool = False) -> None:
+        """``isolated``: those with a salt are found, and not listed."""
+        self._isolated = isolated
         self._lookups: deque[Lookup] = deque(maxlen=MAX_RECENT)
 
     def add(self, lookup: Lookup) -> None:
@@ -24,6 +26,10 @@ class Recent:
     def __iter__(self) -> Iterator[Lookup]:
         """The latest first."""
         return reversed(self._lookups)
+
+    def listed(self) -> Iterator[Lookup]:
+        """Those that anybody may see, the latest first."""
+        return (lookup for lookup in self if not (self._isolated and lookup.prefix.salt_id))
 
     def find(self, request_id: str) -> Lookup | None:
         """The latest of a request. Connectors add to an engine's id (``-0`` a part, ``#1`` an attempt)."""

@@ -115,10 +115,8 @@ def _add_entries(router: APIRouter, operations: Operations) -> None:
         after: Annotated[str, Query(max_length=2000)] = "",
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     ) -> EntryPage:
-        """What a tier holds, page by page. ``salt`` is possible for ``l1`` only: keys do not tell it.
-
-        With ``isolation: salt``, only ``l1`` is listed, and without ``salt`` only entries that have none.
-        """
+        """What a tier holds, page by page. ``salt`` is possible for ``l1`` only: keys do not tell it. With
+        ``isolation: salt`` only ``l1`` is listed, and without ``salt`` what has none."""
         return entries.page(tier, Scope(prefix, model_name, salt), after, limit)
 
     @router.get("/entries/{key:path}", tags=["entries"], responses=responses(404))
