@@ -101,7 +101,14 @@ def running(
             env["LMCACHE_CONFIG_FILE"] = str(directory / "x.yaml")
         port = stack.enter_context(_server(configuration.server, drop_in, directory))
         connector = json.loads(configuration.connector.replace("PORT", str(port)))
-        vllm = VLLMServer(model, log_path=directory / "vllm.log", connector=connector, env=env, args=ARGS)
+        vllm = VLLMServer(
+            model,
+            log_path=directory / "vllm.log",
+            connector=connector,
+            env=env,
+            args=ARGS,
+            start_timeout_seconds=600,
+        )
         yield stack.enter_context(vllm), url
 
 
@@ -135,7 +142,7 @@ def _run(drop_in: DropIn, name: str, *arguments: str) -> subprocess.CompletedPro
         [drop_in.command(name), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=150,
         check=False,
         env={**os.environ, **drop_in.environment},
     )
@@ -176,7 +183,7 @@ def check_two_requests(configuration: Configuration, vllm: VLLMServer, drop_in: 
 
     wait_until(hits, "a hit", 60)
     check_log(vllm, configuration)
-    question = ("--prompt", "Hello", "--max-tokens", "4", "-q")
+    question = ("--prompt", "Hello", "--max-tokens", "4", "--timeout", "120", "-q")
     asked = _run(drop_in, "lmcache", "query", "engine", "--url", vllm.url, *question)
     assert asked.returncode == 0, asked.stderr
 
