@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def server(drop_in: DropIn, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     adapter = {"type": "fs", "base_path": str(directory / "l2"), "max_capacity_gb": 1, "num_workers": 4}
     more = [
         "--no-l1-use-lazy",
+        "--enable-tracing",
         "--transport",
         "zmq",
         "--max-workers",
@@ -122,6 +124,9 @@ def test_server(server: tuple[str, ServerProcess]) -> None:
     """The tiers that were asked for; what has no effect is named in one line."""
     log = server[1].log_path.read_text()
     assert answers(int(server[0].rpartition(":")[2]), "/healthcheck")
+    with urllib.request.urlopen(f"{server[0]}/config", timeout=10) as answer:
+        settings = json.load(answer)["settings"]
+    assert (settings["chunk_size"], settings["tracing"], settings["log_level"]) == (16, True, "DEBUG")
     about = json.loads(next(line for line in log.splitlines() if line.startswith("{")))
     assert about["tiers"] == ["l1", "file"]
     (line,) = [line for line in log.splitlines() if line.startswith("lmcache server: ")]

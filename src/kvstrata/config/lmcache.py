@@ -243,7 +243,7 @@ _OPTIONS_SAME: dict[str, str] = {
     "--http-port": "",
 }
 
-_OPTIONS_MAPPED: dict[str, str] = {"--l2-adapter": "tiers"}
+_OPTIONS_MAPPED: dict[str, str] = {"--l2-adapter": "tiers", "--enable-tracing": "tracing"}
 
 _OPTIONS_NOT_NEEDED: dict[str, tuple[str, ...]] = {
     "keys are SHA-256 on every process and host": ("--hash-algorithm",),
@@ -325,9 +325,8 @@ _OPTIONS_NOT_SUPPORTED: dict[str, tuple[str, ...]] = {
     "placement of the pool": ("--l1-use-hugepages",),
     "use `write_policy` of a tier": ("--l2-store-policy",),
     "events": ("--kv-event-log-size",),
+    "use the variable `OTEL_EXPORTER_OTLP_ENDPOINT`": ("--otlp-endpoint",),
     "records of operations": (
-        "--enable-tracing",
-        "--otlp-endpoint",
         "--trace-level",
         "--trace-output",
         "--lookup-hash-log-dir",

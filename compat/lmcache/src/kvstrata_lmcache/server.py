@@ -41,7 +41,11 @@ def server_arguments(given: list[str]) -> list[str]:
             parser.error(f"--l2-adapter: {error}")
     same = [name for name in options if LMCACHE_OPTIONS[name].fate == "same"]
     arguments = [word for name in same for word in (name, options[name][-1])]
-    return [*arguments, *(["--set", f"tiers={json.dumps(tiers)}"] if tiers else []), *ours]
+    if tiers:
+        arguments += ["--set", f"tiers={json.dumps(tiers)}"]
+    if options.get("--enable-tracing"):
+        arguments += ["--set", "tracing=true"]
+    return [*arguments, *ours]
 
 
 def _asks(name: str, value: Any) -> bool:
