@@ -36,13 +36,13 @@ def test_without_a_measurement_of_the_engine_everything_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "num_bytes", "expected"),
     [
-        (1000, 999_000, Verdict.LOAD),
-        (1000, 1_001_000, Verdict.RECOMPUTE),
+        (1000, 799_000, Verdict.LOAD),
+        (1000, 801_000, Verdict.RECOMPUTE),
         (1, 500, Verdict.LOAD),
         (1, 2000, Verdict.RECOMPUTE),
     ],
 )
-def test_what_takes_longer_to_read_than_to_compute_is_computed(
+def test_what_is_not_clearly_faster_to_read_than_to_compute_is_computed(
     num_tokens: int, num_bytes: int, expected: Verdict
 ) -> None:
     gate = measured(read_bytes_per_second=1_000_000, prefill_tokens_per_second=1000)
@@ -109,7 +109,7 @@ def test_estimates_follow_what_is_seen() -> None:
     for _ in range(30):
         gate.read("disk", 1000, 1.0, 1.0)
     assert gate.estimates()["disk_bytes_per_second"] == pytest.approx(1000, rel=0.05)
-    assert verdict(gate, 10, 9) == Verdict.LOAD
+    assert verdict(gate, 10, 7) == Verdict.LOAD
 
 
 def test_latency_is_no_bandwidth() -> None:

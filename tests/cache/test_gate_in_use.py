@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -155,6 +157,38 @@ def test_a_tier_that_becomes_slow_costs_one_request_its_prefill_time(monkeypatch
         core.read_seconds = 0.04
         hit, _ = core.ttft(ASKED, "tried")
         assert hit.num_tokens == len(ASKED), "it is fast again, and was tried"
+
+
+@pytest.mark.parametrize("speed", [10.0, 2.0, 1.25, 1.1, 1.0, 0.9, 0.8, 0.5, 0.2])
+def test_near_break_even_no_request_pays_twice(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads vary by 15%. Beyond the one that notices the speed, requests cost what computing does, and a trial."""
+    noise = random.Random(7)
+    with measured(monkeypatch) as core:
+        core.read_seconds = 0.05
+        core.prepare(ASKED)
+        for number in range(4):
+            core.ttft(ASKED, f"fast{number}")
+        ttfts = []
+        for number in range(40):
+            core.read_seconds = noise.uniform(0.85, 1.15) / speed
+            core.clock.now += 10
+            ttfts.append(core.ttft(ASKED, f"r{number}")[1])
+        assert sum(ttft > 1 + TRIAL_SHARE + 0.002 for ttft in ttfts) <= 1, "the one that noticed"
+        assert ttfts[0] <= 2.01
+        if speed >= 2:
+            assert statistics.median(ttfts) < 1.15 / speed
+
+
+def test_a_tier_that_is_fast_again_is_known_after_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    with measured(monkeypatch) as core:
+        core.read_seconds = 10.0
+        core.prepare(ASKED)
+        for number in range(5):
+            core.ttft(ASKED, f"slow{number}")
+            core.clock.now += RETRY_SECONDS + 1
+        core.read_seconds = 0.2
+        assert core.ttft(ASKED, "tried")[1] <= 1 + TRIAL_SHARE + 0.002
+        assert core.ttft(ASKED, "known")[1] == pytest.approx(0.2, abs=0.01)
 
 
 def test_always_waits_and_never_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The gate: load or recompute. Nothing is loaded that is measured to load slower than it is recomputed.
+"""The gate: load or recompute. Nothing is loaded that is not measured to load clearly faster than it is recomputed.
 
 Estimates come from what was seen. Of a tier: the latency of its look-ups, and seconds per byte of its reads
 (queueing and decoding included), or of its writes until it was read from. Of an engine: seconds per token of its
@@ -19,6 +19,11 @@ MODES = ("auto", "always", "never")
 RETRY_SECONDS = 60.0
 """An estimate that says "recompute" is tried again after so long: a tier may have become fast."""
 TRIAL_SHARE = 0.05
+WORTHWHILE_SHARE = 0.8
+"""Of the time that computing takes: what is estimated to load in less is loaded. A load that is hardly faster gains
+little, and one that turns out slower costs its request up to twice the time."""
+_SLOWER = 1.1
+"""A read that took so many times its estimate is what the tier is like now."""
 _KEPT = 0.7
 _LEAST_TRANSFER_SHARE = 0.1
 """Of the seconds of a read: the latency is an estimate too, and may be too high."""
@@ -60,6 +65,14 @@ class Rate:
     def value(self) -> float | None:
         """None before the first measurement."""
         return self._seconds / self._units if self._units else None
+
+    def is_typical(self, units: int) -> bool:
+        """Whether so many units are no small measurement, next to those before."""
+        return units >= (1 - _KEPT) * self._units / 2
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self._units = self._seconds = 0.0
 
     def add(self, units: int, seconds: float) -> bool:
         """Take a measurement in; False when it is none."""
@@ -118,6 +131,11 @@ class Gate:
     def read(self, tier: str, num_bytes: int, seconds: float, now: float) -> None:
         """A tier delivered ``num_bytes`` of payloads, the last of them ``seconds`` after they were asked for."""
         rates = self._rates(tier)
+        estimate = rates.load_seconds(rates.reads.value, num_bytes)
+        is_slower = estimate is not None and seconds > _SLOWER * estimate
+        if num_bytes > 0 and (rates.tried_at is not None or is_slower) and rates.reads.is_typical(num_bytes):
+            # An average would follow a change of speed over several requests, each of which pays for it.
+            rates.reads.restart()
         rates.tried_at = None
         rates.add(rates.reads, num_bytes, seconds, now)
 
@@ -146,7 +164,11 @@ class Gate:
         verdict = Verdict.LOAD
         if self.mode == "never":
             verdict = Verdict.RECOMPUTE
-        elif self.mode == "auto" and prefill is not None and (load is None or load >= prefill):
+        elif (
+            self.mode == "auto"
+            and prefill is not None
+            and (load is None or load >= WORTHWHILE_SHARE * prefill)
+        ):
             is_open = load is None or now - rates.measured_at > RETRY_SECONDS
             is_tried = rates.tried_at is not None and now - rates.tried_at <= RETRY_SECONDS
             verdict = Verdict.TRIAL if is_open and not is_tried else Verdict.RECOMPUTE
