@@ -263,17 +263,13 @@ class CodecContract:
         what = self.describe(size)
         encodings = [self.encode(codec, make_payload(size, kind)) for kind in KINDS]
         source = random.Random(3)  # noqa: S311 - reproducible, no secret
-        into = memoryview(bytearray(size))
         limit = 4 * (size + MAX_GROWTH_BYTES) + _SLACK_BYTES
         tracemalloc.start()
         try:
             for _ in range(rounds):
                 candidate = memoryview(_damage(source, encodings))
-                tracemalloc.reset_peak()
-                before, _peak = tracemalloc.get_traced_memory()
-                with contextlib.suppress(FrameError):
-                    codec.decode(candidate, what, codec.parameters, into)
-                assert tracemalloc.get_traced_memory()[1] - before < limit
+                # Once in many thousands the interpreter's table of interned strings grows: 2 MB that are not ours.
+                assert any(_decode_peak_bytes(codec, candidate, what) < limit for _ in range(2))
         finally:
             tracemalloc.stop()
 
@@ -286,6 +282,16 @@ class CodecContract:
 
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(round_trip, [4096 * (1 + number % 9) for number in range(40)]))
+
+
+def _decode_peak_bytes(codec: Codec, candidate: memoryview, what: PayloadDescription) -> int:
+    """What an attempt to decode allocates at most at a time, while allocations are traced."""
+    into = memoryview(bytearray(what.payload_bytes))
+    tracemalloc.reset_peak()
+    before, _peak = tracemalloc.get_traced_memory()
+    with contextlib.suppress(FrameError):
+        codec.decode(candidate, what, codec.parameters, into)
+    return tracemalloc.get_traced_memory()[1] - before
 
 
 def _damage(source: random.Random, encodings: list[bytes]) -> bytes:
