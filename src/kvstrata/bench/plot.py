@@ -55,10 +55,12 @@ def scatter(title: str, points: Sequence[Point], x: str, y: str) -> str:
         colour = _COLOURS[index % len(_COLOURS)]
         at, low, high = _x(across, point.x), _y(up, point.low), _y(up, point.high)
         bars = f"M{at:.1f} {low:.1f}V{high:.1f}M{at - 4:.1f} {low:.1f}h8M{at - 4:.1f} {high:.1f}h8"
+        anchor, side = ("start", 8) if at < _WIDTH * 0.8 else ("end", -8)
+        label = f'x="{at + side:.1f}" y="{_y(up, point.y) - 6:.1f}" text-anchor="{anchor}" fill="{colour}"'
         marks += [
             f'<path d="{bars}" stroke="{colour}" fill="none"/>',
             f'<circle cx="{at:.1f}" cy="{_y(up, point.y):.1f}" r="4" fill="{colour}"/>',
-            f'<text x="{at + 8:.1f}" y="{_y(up, point.y) - 6:.1f}" fill="{colour}">{escape(point.name)}</text>',
+            f"<text {label}>{escape(point.name)}</text>",
         ]
     return _document(title, across, up, marks)
 
