@@ -31,10 +31,11 @@ from numpy.typing import NDArray
 from kvstrata.codecs.base import Codec, CodecOptions, PayloadDescription, Stage, corrupt
 from kvstrata.codecs.pages import (
     ELEMENTS,
+    MAX_NUMBER,
     Array,
-    from_float32,
     keys_and_values,
     kv_shape,
+    store_float32,
     to_float32,
     unpack,
     why_opaque,
@@ -204,8 +205,8 @@ class CacheGenCodec(Codec):
             raise corrupt(self.name, "a step is no positive number")
         unpacked = zstd_unpack(self.name, parts[2], num_heads * dims * (tokens - num_exact))
         symbols = np.frombuffer(unpacked, np.uint8).reshape(num_heads * dims, -1)
-        with np.errstate(over="ignore"):  # next to the largest number a step may lead beyond it
-            _fill(into, what, exact, Restorer.of(rows, symbols))
+        with np.errstate(over="ignore", invalid="ignore"):  # steps and means of no right frame
+            _fill(into, what, exact, Restorer.of(rows, symbols, what.dtype))
 
     def _split(self, encoded: memoryview, exact_bytes: int) -> tuple[memoryview, memoryview, memoryview]:
         """The exact tokens, the description of the rows, the symbols."""
@@ -223,11 +224,13 @@ def _fill(into: memoryview, what: PayloadDescription, exact: Array, restorer: Re
     layers, _, tokens, heads, dims = kv_shape(what)
     num_exact = exact.shape[2]
     rows = heads * dims
-    numbers = np.zeros((rows, what.layout.num_blocks(tokens) * what.layout.block_size), np.float32)
+    numbers = np.empty((rows, tokens - num_exact), np.float32)
+    room = what.layout.num_blocks(tokens) * what.layout.block_size
+    elements = np.zeros((room, rows), ELEMENTS[what.dtype])
     targets = keys_and_values(into, what)
     for part, (layer, kind) in enumerate(np.ndindex(layers, 2)):
-        restorer.restore(slice(part * rows, (part + 1) * rows), numbers[:, num_exact:tokens])
-        elements = from_float32(numbers, what.dtype).T
+        restorer.restore(slice(part * rows, (part + 1) * rows), numbers)
+        store_float32(numbers, what.dtype, elements[num_exact:tokens].T)
         elements[:num_exact] = exact[layer, kind].reshape(num_exact, rows)
         target = targets[kind][layer]
         target[...] = elements.reshape(target.shape)
@@ -267,12 +270,14 @@ class Restorer(msgspec.Struct, frozen=True):
     symbols: NDArray[np.uint8]
     places: NDArray[np.intp]
     """Where in ``symbols`` each row is."""
+    largest: np.float32
+    """Number of the element type, which a step may lead beyond."""
 
     @classmethod
-    def of(cls, rows: Rows, symbols: NDArray[np.uint8]) -> Restorer:
+    def of(cls, rows: Rows, symbols: NDArray[np.uint8], dtype: str) -> Restorer:
         places = np.empty(len(rows.models), np.intp)
         places[rows.order()] = np.arange(len(places))
-        return cls(rows, symbols, places)
+        return cls(rows, symbols, places, MAX_NUMBER[dtype])
 
     def restore(self, these: slice, into: Numbers) -> None:
         """The rows ``these``, whole heads, into an array of rows x tokens."""
@@ -282,9 +287,12 @@ class Restorer(msgspec.Struct, frozen=True):
         dims = len(self.rows.models) // len(self.rows.steps)
         steps = np.repeat(self.rows.steps[these.start // dims : these.stop // dims], dims)
         np.multiply(levels.view(np.int8), steps[:, None], out=into)
-        np.add(into, (self.rows.means[these] * steps)[:, None], out=into)
+        means = self.rows.means[these] * steps
+        np.add(into, means[:, None], out=into)
+        if not (np.abs(means) + (_LARGEST + 1) * steps < self.largest).all():
+            np.clip(into, -self.largest, self.largest, out=into)
 
 
 def _num_exact(what: PayloadDescription) -> int:
-    """How many tokens of a payload are kept as they are."""
-    return min(what.num_tokens, max(0, _EXACT_TOKENS - what.first_token))
+    """How many tokens of a payload are kept as they are: not all, one alone is as good as exact anyway."""
+    return max(0, min(what.num_tokens - 1, _EXACT_TOKENS - what.first_token))
