@@ -11,6 +11,7 @@ of an entry costs at most one parking, however many entries are reserved.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Annotated, Generic, TypeVar
@@ -231,20 +232,32 @@ class Accounts(Generic[K]):
         self.others = Account()
         used = {key: None for before in old for key in before.order}
         parked = {key: size for before in old for key, size in before.parked.items()}
-        owners: dict[K, bytes] = {}
+        owners: dict[bytes, Account[K]] = {}
+        kept: dict[K, Account[K]] = {}
+        """The entries that have a place in their account."""
         for key, salt_id, size in held:
-            self.take(salt_id, size)
-            account = self.of(salt_id)
+            account = owners.get(salt_id)
+            if account is None:
+                self.take(salt_id, 0)
+                account = owners[salt_id] = self.of(salt_id)
             account.held_bytes += size
+            account.used_bytes += size
             account.num_entries += 1
-            owners[key] = salt_id
+            if account.quota.limit_bytes is not None or key in parked:
+                kept[key] = account
         for salt_id, size in leaving:
             self.take(salt_id, size)
-        for key in (*used, *(key for key in owners if key not in used)):
-            account = self.of(owners[key])
-            if account.quota.limit_bytes is not None:
-                account.order[key] = None
-        for key, size in parked.items():
-            self.of(owners[key]).parked[key] = size
+        self._order(used, parked, kept)
         for account in self.all():
             self._changed(account)
+
+    @staticmethod
+    def _order(used: Mapping[K, None], parked: Mapping[K, int], kept: Mapping[K, Account[K]]) -> None:
+        """Give entries their places: those that had one before come first, in the same order."""
+        for key in itertools.chain(used, (key for key in kept if key not in used)):
+            account = kept.get(key)
+            if account is not None and account.quota.limit_bytes is not None:
+                account.order[key] = None
+        for key, size in parked.items():
+            if key in kept:
+                kept[key].parked[key] = size
