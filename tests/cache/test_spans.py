@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from kvstrata.cache.cache import Cache
 from kvstrata.errors import TierUnavailable
 from kvstrata.hashing import root_hash
-from kvstrata.testing.client import CHUNK_SIZE, Prompt, payload_of, prompt, wait_until
+from kvstrata.testing.client import CHUNK_SIZE, Prompt, payload_of, prompt
 from kvstrata.testing.collector import CollectedSpan, Collector
 from kvstrata.testing.core import open_core, settle, wait_lookup
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.dict import DictTier
 from kvstrata.tracing import open_tracer
-from kvstrata.types import Miss
+from kvstrata.types import Miss, Namespace
 
 A = "00-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-aaaaaaaaaaaaaaaa-01"
 B = "00-bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb-bbbbbbbbbbbbbbbb-01"
@@ -124,15 +125,21 @@ def test_a_look_up_shows_what_it_waited_for(collector: Collector) -> None:
     assert children(collector, warm) == []
 
 
+def begin_held_load(cache: Cache, tier: HeldTier) -> Namespace:
+    """Look up what only the tier has, which does not deliver it yet."""
+    store(cache, ASKED)
+    cache.clear(tiers=False)
+    tier.may_read.clear()
+    namespace = cache.intern(ASKED.namespace)
+    assert cache.lookup("o", "r", namespace, ASKED.prefix, 0, A).pending
+    wait_until(lambda: cache._prefetch._spans, "its load has begun")
+    return namespace
+
+
 def test_a_look_up_that_waits_for_another_ones_load_is_linked_to_it(collector: Collector) -> None:
     tier = HeldTier()
     with traced(tier) as cache:
-        store(cache, ASKED)
-        cache.clear(tiers=False)
-        tier.may_read.clear()
-        namespace = cache.intern(ASKED.namespace)
-        assert cache.lookup("o", "r", namespace, ASKED.prefix, 0, A).pending
-        wait_until(lambda: cache._prefetch._spans, "its load has begun")
+        namespace = begin_held_load(cache, tier)
         for _ in range(3):
             assert cache.lookup("o", "s", namespace, ASKED.prefix, 0, B).pending
         tier.may_read.set()
@@ -161,12 +168,7 @@ def test_faults_are_errors_and_what_nobody_waits_for_is_abandoned(collector: Col
 def test_what_is_given_up_ends_too(collector: Collector) -> None:
     tier = HeldTier()
     with traced(tier) as cache:
-        store(cache, ASKED)
-        cache.clear(tiers=False)
-        tier.may_read.clear()
-        namespace = cache.intern(ASKED.namespace)
-        assert cache.lookup("o", "r", namespace, ASKED.prefix, 0, A).pending
-        wait_until(lambda: cache._prefetch._spans, "its load has begun")
+        namespace = begin_held_load(cache, tier)
         cache.release("o", "r")
         other = prompt(2 * CHUNK_SIZE, seed=2)
         cache.reserve("o", namespace, 0, other.pieces, (B, B))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,3 +34,16 @@ class DropIn:
     def command(self, name: str) -> str:
         """The path of one of its commands."""
         return str(self.folder / "bin" / name)
+
+    def run(
+        self, name: str, *arguments: str, timeout_seconds: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one of its commands to its end."""
+        return subprocess.run(
+            [self.command(name), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+            env={**os.environ, **self.environment},
+        )

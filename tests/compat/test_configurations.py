@@ -133,19 +133,10 @@ def _server(command: str, drop_in: DropIn, directory: Path) -> Iterator[int]:
         start_timeout_seconds=60,
     ):
         yield port
-        asked = _run(drop_in, "lmcache", "ping", "kvcache", "--url", f"http://localhost:{http_port}")
+        asked = drop_in.run(
+            "lmcache", "ping", "kvcache", "--url", f"http://localhost:{http_port}", timeout_seconds=150
+        )
         assert asked.returncode == 0, asked.stderr
-
-
-def _run(drop_in: DropIn, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [drop_in.command(name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        env={**os.environ, **drop_in.environment},
-    )
 
 
 def curl(vllm: VLLMServer, prompt: str) -> dict[str, Any]:
@@ -184,7 +175,7 @@ def check_two_requests(configuration: Configuration, vllm: VLLMServer, drop_in: 
     wait_until(hits, "a hit", 60)
     check_log(vllm, configuration)
     question = ("--prompt", "Hello", "--max-tokens", "4", "--timeout", "120", "-q")
-    asked = _run(drop_in, "lmcache", "query", "engine", "--url", vllm.url, *question)
+    asked = drop_in.run("lmcache", "query", "engine", "--url", vllm.url, *question, timeout_seconds=150)
     assert asked.returncode == 0, asked.stderr
 
 

@@ -21,19 +21,6 @@ from kvstrata.testing.process import ServerProcess, free_port
 from kvstrata.testing.tier import make_frame, make_keys, read_frames
 from kvstrata.tiers.lm import LmOptions, LmTier
 
-
-def run(drop_in: DropIn, *arguments: str) -> subprocess.CompletedProcess[str]:
-    name, *rest = arguments
-    return subprocess.run(
-        [drop_in.command(name), *rest],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **drop_in.environment},
-    )
-
-
 BATCH = """
 import contextlib, io, json, sys
 from kvstrata_lmcache import commands
@@ -153,7 +140,7 @@ def test_commands_that_ask_a_server(
     drop_in: DropIn, server: tuple[str, ServerProcess], tmp_path: Path
 ) -> None:
     url, gone = server[0], f"http://127.0.0.1:{free_port()}"
-    done = run(drop_in, "lmcache", "ping", "kvcache", "--url", url)
+    done = drop_in.run("lmcache", "ping", "kvcache", "--url", url)
     assert done.returncode == 0, done.stderr
     assert "answers: " in done.stdout
     bases = [["lmcache", *command.split(), "--url"] for command in ASKING]
@@ -213,14 +200,14 @@ def engine_url() -> Iterator[str]:
 
 def test_commands_that_ask_an_engine(drop_in: DropIn, engine_url: str) -> None:
     """Against a stand-in; the test of configurations asks a real vLLM."""
-    done = run(drop_in, "lmcache", "ping", "engine", "--url", engine_url)
+    done = drop_in.run("lmcache", "ping", "engine", "--url", engine_url)
     assert done.returncode == 0
     assert "up             True" in done.stdout
     asked = ("lmcache", "query", "engine", "--prompt", "Hello", "--max-tokens", "3", "--format", "json")
-    done = run(drop_in, *asked, "--url", engine_url)
+    done = drop_in.run(*asked, "--url", engine_url)
     assert json.loads(done.stdout)["answer"] == " world", done.stderr
     for command in (asked, ("lmcache", "ping", "engine")):
-        gone = run(drop_in, *command, "--url", f"127.0.0.1:{free_port()}", "-q")
+        gone = drop_in.run(*command, "--url", f"127.0.0.1:{free_port()}", "-q")
         assert gone.returncode == 1
         assert len(gone.stderr.splitlines()) == 1
 
@@ -228,7 +215,7 @@ def test_commands_that_ask_an_engine(drop_in: DropIn, engine_url: str) -> None:
 def test_bench_l2_measures_a_tier(drop_in: DropIn, tmp_path: Path) -> None:
     url = f"disk://{tmp_path}?max_bytes=100000000"
     sizes = ("--frame-bytes", "65536", "--num-frames", "4", "--runs", "1")
-    done = run(drop_in, "lmcache", "bench", "l2", url, *sizes, "--format", "json")
+    done = drop_in.run("lmcache", "bench", "l2", url, *sizes, "--format", "json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["benchmark"] == "tier"
 
@@ -263,7 +250,7 @@ def test_what_cannot_be_done_ends_in_one_line(drop_in: DropIn) -> None:
 
 
 def test_help_lists_what_there_is(drop_in: DropIn) -> None:
-    done = run(drop_in, "lmcache", "--help")
+    done = drop_in.run("lmcache", "--help")
     assert done.returncode == 0
     for name, command in LMCACHE_COMMANDS.items():
         if name.startswith("lmcache "):
@@ -310,7 +297,7 @@ def test_every_option_is_taken(drop_in: DropIn) -> None:
             given += [name, name.replace("--", "--no-", 1)]
         elif name not in ("--l2-adapter", "--port"):
             given += [name, "LRU" if name == "--eviction-policy" else "1"]
-    done = run(drop_in, "lmcache", "server", *given, "--port", "99999")
+    done = drop_in.run("lmcache", "server", *given, "--port", "99999")
     assert done.returncode == 2
     notice, error = done.stderr.splitlines()
     assert notice.startswith("lmcache server: options without effect here; not supported: --coordinator-")

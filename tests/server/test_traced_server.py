@@ -14,10 +14,10 @@ from kvstrata.testing.client import (
     small_settings,
     store,
     wait_lookup,
-    wait_until,
     written,
 )
 from kvstrata.testing.collector import Collector
+from kvstrata.testing.waiting import wait_until
 
 A = "00-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-aaaaaaaaaaaaaaaa-01"
 ASKED = prompt(3 * CHUNK_SIZE, seed=1)

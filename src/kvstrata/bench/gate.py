@@ -15,19 +15,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kvstrata.bench.engines import KEY_PREFIX, CacheServer, valkey
+from kvstrata.bench.prompts import prompts_apart
 from kvstrata.bench.report import Environment, Report, Target, environment, median
 from kvstrata.errors import ServerUnavailable
 from kvstrata.testing.model import ModelError, smollm2, tokenize
 from kvstrata.testing.process import ServerFailed, free_port
 from kvstrata.testing.proxy import Link, Proxy, slow_link
 from kvstrata.testing.redis_server import RedisServer
-from kvstrata.testing.text import natural_text
 from kvstrata.testing.vllm_client import VLLMClient
 from kvstrata.testing.vllm_server import VLLMServer
 
@@ -36,8 +37,6 @@ _TARGETS = {
     "auto_over_always_fast": Target(at_most=1.1),
 }
 _ROUND_TRIP_SECONDS = 0.002
-_CHARACTERS_PER_TOKEN = 8
-_TOPICS_APART = 5
 _PATIENCE_SECONDS = 600.0
 _POLL_SECONDS = 0.05
 
@@ -187,7 +186,7 @@ def measure(
     config: GateConfig, engine: Engine, model: Path, progress: Callable[[str], None]
 ) -> list[Measured]:
     """Store the prompts over an open link, then go through the speeds."""
-    prompts = _prompts(config, model)
+    prompts = prompts_apart(partial(tokenize, model), config.prompts + 1, config.prompt_tokens)
     salt = uuid.uuid4().hex
     progress("storing the prompts")
     for prompt in prompts:
@@ -205,15 +204,6 @@ def measure(
         measured.append(session.measure(speed, bytes_per_second))
     engine.proxy.link = Link()
     return measured
-
-
-def _prompts(config: GateConfig, model: Path) -> list[list[int]]:
-    """Natural texts that share no prefix."""
-    prompts = []
-    for number in range(config.prompts + 1):
-        text = natural_text(config.prompt_tokens * _CHARACTERS_PER_TOKEN, start=number * _TOPICS_APART)
-        prompts.append(tokenize(model, text)[: config.prompt_tokens])
-    return prompts
 
 
 class _Session:

@@ -18,11 +18,11 @@ from pathlib import Path
 import msgspec
 
 from kvstrata.bench.engines import CacheServer, Engines, running, started
+from kvstrata.bench.prompts import prompts_apart
 from kvstrata.bench.report import Environment, Report, Target, environment, median
 from kvstrata.errors import ServerUnavailable
 from kvstrata.testing.model import ModelError
 from kvstrata.testing.process import ServerFailed
-from kvstrata.testing.text import natural_text
 from kvstrata.testing.vllm_client import VLLMClient
 
 _TARGETS = {
@@ -31,8 +31,6 @@ _TARGETS = {
     "disk_over_native": Target(at_most=1.6),
     "cold_over_none": Target(at_most=1.03),
 }
-_CHARACTERS_PER_TOKEN = 8
-_TOPICS_APART = 5
 _MIN_HIT_SHARE = 0.9
 
 
@@ -143,15 +141,9 @@ def measure(config: TTFTConfig, engines: Engines, progress: Callable[[str], None
 
 
 def _prompts(config: TTFTConfig, engines: Engines) -> list[Prompt]:
-    """Natural texts that share no prefix."""
-    prompts = []
-    for number in range(config.prompts + 1):
-        text = natural_text(config.prompt_tokens * _CHARACTERS_PER_TOKEN, start=number * _TOPICS_APART)
-        tokens = engines.tokenize(text)[: config.prompt_tokens]
-        if len(tokens) < config.prompt_tokens:
-            raise ServerUnavailable(f"the model's tokenizer made only {len(tokens)} tokens of a text")
-        prompts.append(Prompt(tokens, uuid.uuid4().hex))
-    return prompts
+    """Natural texts that share no prefix, each new to every server."""
+    texts = prompts_apart(engines.tokenize, config.prompts + 1, config.prompt_tokens)
+    return [Prompt(tokens, uuid.uuid4().hex) for tokens in texts]
 
 
 class Session:

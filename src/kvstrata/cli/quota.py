@@ -9,6 +9,7 @@ import typer
 from kvstrata.cli.api import TokenFile, Url, connect
 from kvstrata.cli.output import AsJson, print_json, print_table
 from kvstrata.cli.status import size
+from kvstrata.config import GIB
 
 app = typer.Typer(
     help="See and set what each cache_salt may hold of l1 and of disk tiers.",
@@ -16,7 +17,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_GIB = 1 << 30
 
 QuotaName = Annotated[str, typer.Argument(metavar="NAME", help="As 'kvstrata quota list' shows it.")]
 
@@ -35,10 +35,7 @@ def list_quotas(url: Url = None, token_file: TokenFile = None, as_json: AsJson =
 def get(name: QuotaName, url: Url = None, token_file: TokenFile = None, as_json: AsJson = False) -> None:
     """Show one quota. Exit status 1 when there is none of that name."""
     found = connect(url, token_file).ask("GET", f"/quotas/{name}")
-    if as_json:
-        print_json(found)
-    else:
-        _print([found])
+    _show(found, as_json=as_json)
 
 
 @app.command("set", epilog="Example: kvstrata quota set acme --tier disk --limit-gb 50")
@@ -76,17 +73,14 @@ def set_quota(
     tiers = {row["tier"]: {key: row[key] for key in ("reserved_bytes", "limit_bytes")} for row in known}
     amounts = tiers.setdefault(tier, {"reserved_bytes": 0, "limit_bytes": None})
     if reserved_gb is not None:
-        amounts["reserved_bytes"] = int(reserved_gb * _GIB)
+        amounts["reserved_bytes"] = int(reserved_gb * GIB)
     if limit_gb is not None or no_limit:
-        amounts["limit_bytes"] = None if limit_gb is None else int(limit_gb * _GIB)
+        amounts["limit_bytes"] = None if limit_gb is None else int(limit_gb * GIB)
     body: dict[str, Any] = {"tiers": tiers}
     if salt_file is not None:
         body["salt"] = salt_file.read().rstrip("\r\n")
     found = api.ask("PUT", f"/quotas/{name}", body)
-    if as_json:
-        print_json(found)
-    else:
-        _print([found])
+    _show(found, as_json=as_json)
 
 
 @app.command("remove", epilog="Example: kvstrata quota remove acme")
@@ -97,6 +91,13 @@ def remove(name: QuotaName, url: Url = None, token_file: TokenFile = None, as_js
         print_json(found)
     else:
         print(f"removed {found['name']}")
+
+
+def _show(quota: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(quota)
+    else:
+        _print([quota])
 
 
 def _print(quotas: list[dict[str, Any]]) -> None:

@@ -9,12 +9,12 @@ import msgspec
 import typer
 
 from kvstrata import plugins
+from kvstrata.config import GIB
 from kvstrata.errors import ConfigError
 from kvstrata.logs import configure_logging
 
 EXAMPLE = "Example: kvstrata remote 0.0.0.0 65432 --max-size-gb 20 --token-file /etc/kvstrata/token"
 
-_GIB = 1 << 30
 _MIB = 1 << 20
 _MAX_FRAME_MIB = 2047
 _MAX_GIB = 1 << 20
@@ -98,7 +98,7 @@ def remote(
 def _bytes(flag: str, gibibytes: float) -> int:
     if not 0 < gibibytes <= _MAX_GIB:
         raise ConfigError(f"{flag} {gibibytes:g} is not allowed: expected more than 0 and up to {_MAX_GIB}")
-    return int(gibibytes * _GIB)
+    return int(gibibytes * GIB)
 
 
 def _announce(server: Any) -> None:

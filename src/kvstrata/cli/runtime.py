@@ -14,10 +14,9 @@ from kvstrata.cli.api import (
 )
 from kvstrata.cli.output import AsJson, print_json, print_table
 from kvstrata.cli.status import size
+from kvstrata.config import GIB
 
 EXAMPLE = "Example: kvstrata runtime --bypass redis --l1-budget-gb 10"
-
-_GIB = 1 << 30
 
 
 def runtime(
@@ -48,7 +47,7 @@ def runtime(
 ) -> None:
     """Change what can be changed while the server runs; without options, print it. A restart undoes it."""
     body: dict[str, Any] = {
-        "l1_budget_bytes": None if l1_budget_gb is None else int(l1_budget_gb * _GIB),
+        "l1_budget_bytes": None if l1_budget_gb is None else int(l1_budget_gb * GIB),
         "log_level": None if log_level is None else log_level.upper(),
         "gate": gate,
         "stores_frozen": freeze_stores,

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from kvstrata.cli.output import AsJson, print_json, print_table
+from kvstrata.config import GIB
 from kvstrata.sizing import Deployment, Sizes, Tier, measure, read_model
 from kvstrata.tiers.redis.resp import MAX_BULK_BYTES
 
 EXAMPLE = "Example: kvstrata size --model Llama-3.1-8B/config.json --tokens 8000 --l1-gb 20 --redis-gb 80"
 
-_GIB = 1 << 30
 _NAMES = {Tier.L1: "L1", Tier.DISK: "disk", Tier.REDIS: "Redis"}
 
 _MAX_GIB = 1 << 30
@@ -55,7 +55,7 @@ def size(
     Reads config.json only: no weights, no torch, no network.
     """
     given = {Tier.L1: l1_gb, Tier.DISK: disk_gb, Tier.REDIS: redis_gb}
-    tiers = {tier: int(size_gb * _GIB) for tier, size_gb in given.items() if size_gb is not None}
+    tiers = {tier: int(size_gb * GIB) for tier, size_gb in given.items() if size_gb is not None}
     deployment = Deployment(
         tensor_parallel_size=tensor_parallel_size,
         block_size=block_size,
@@ -102,7 +102,7 @@ def _print(sizes: Sizes) -> None:
         [
             (
                 _NAMES[room.tier],
-                f"{room.size_bytes / _GIB:g} GiB",
+                f"{room.size_bytes / GIB:g} GiB",
                 f"{room.tokens:,}",
                 f"{room.prompts:,}",
                 f"{room.prompt_bytes:,}",

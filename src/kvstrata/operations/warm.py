@@ -17,8 +17,6 @@ from kvstrata.operations.prompts import Prompts, hash_tokens
 from kvstrata.tiers.inspect import inspect_frame
 from kvstrata.types import Miss, Namespace, Piece
 
-BATCH_ENTRIES = 16
-
 
 class Warming:
     """Brings entries of lower tiers into L1. All of it is work of jobs.
