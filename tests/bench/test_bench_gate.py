@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.bench.gate import GateConfig, Measured, Sample, _report, run
+from kvstrata.bench.gate import GateConfig, Measured, _report, run
+from kvstrata.bench.linked import Sample
 from kvstrata.bench.report import environment
 
 CACHE = Path(__file__).parents[2] / ".cache"

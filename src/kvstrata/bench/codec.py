@@ -5,8 +5,6 @@ Every codec encodes and decodes whole chunks as the I/O threads do. With two thr
 
 from __future__ import annotations
 
-import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +12,12 @@ from pathlib import Path
 
 import msgspec
 
-from kvstrata import plugins
+from kvstrata.bench.codecs import LEVELS, chosen, key_file
 from kvstrata.bench.kv import CHUNK_TOKENS, RealKV, real_kv
 from kvstrata.bench.report import Report, Target, environment, median
 from kvstrata.codecs.base import Codec, PayloadDescription
-from kvstrata.codecs.open import open_codec
-from kvstrata.errors import ConfigError, KVStrataError
+from kvstrata.errors import ConfigError
 
-_MORE = ("cachegen:high", "cachegen:low", "floats+aesgcm")
 _TARGETS = {
     "lossless_size": Target(at_least=1.4),
     "lossless_decode_gb_per_second": Target(at_least=0.5),
@@ -97,21 +93,12 @@ def run(
     if len(kv.payloads) < max(THREADS):
         raise ConfigError(f"{max(THREADS)} threads need as many chunks")
     measured: dict[str, Measured] = {}
-    notes = []
-    with tempfile.TemporaryDirectory(prefix="kvstrata-bench-") as directory:
-        key_file = Path(directory) / "keys"
-        key_file.touch(mode=0o600)
-        key_file.write_text(secrets.token_hex(32))
-        for spelling in config.codecs or (*plugins.names("codecs"), *_MORE):
+    notes: list[str] = []
+    with key_file() as path:
+        codecs = chosen(config.codecs, (*LEVELS, "floats+aesgcm"), {"key_file": str(path)}, notes)
+        for spelling, codec in codecs.items():
             progress(spelling)
-            try:
-                measured[spelling] = _measure(
-                    open_codec(spelling, {"key_file": str(key_file)}), kv, config.runs
-                )
-            except KVStrataError as error:
-                if config.codecs:
-                    raise
-                notes.append(f"{spelling} is left out: {error}")
+            measured[spelling] = _measure(codec, kv, config.runs)
     return Report(
         benchmark="codec",
         environment=machine,

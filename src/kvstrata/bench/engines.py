@@ -20,7 +20,7 @@ from kvstrata.errors import ConfigError, ServerUnavailable
 from kvstrata.testing.model import smollm2, tokenize
 from kvstrata.testing.redis_server import RedisServer, server_binary
 from kvstrata.testing.vllm_client import VLLMClient
-from kvstrata.testing.vllm_server import VLLMServer
+from kvstrata.testing.vllm_server import VLLMServer, our_connector
 from kvstrata.tiers.open import open_tier
 
 KEY_PREFIX = "kvstrata-bench:"
@@ -137,12 +137,7 @@ def started(
                 {"url": f"disk://{directory}/disk", "max_bytes": 8 << 30},
             ],
         }
-        connector = {
-            "kv_connector": "KVStrataConnector",
-            "kv_connector_module_path": "kvstrata.integrations.vllm",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": settings,
-        }
+        connector = our_connector(settings)
         logs = cache_dir / "logs"
         ours = VLLMServer(model, log_path=logs / "bench-ours.log", connector=connector, prefix_caching=True)
         plain = VLLMServer(model, log_path=logs / "bench-plain.log", prefix_caching=True)

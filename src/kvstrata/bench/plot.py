@@ -10,6 +10,7 @@ import msgspec
 
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 40, 52
+_LEGEND_WIDTH = 140
 _COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#b9770e", "#34495e", "#d35480", "#117a8b")
 
 
@@ -23,15 +24,32 @@ class Point(msgspec.Struct, frozen=True):
     high: float
 
 
+class Line(msgspec.Struct, frozen=True):
+    """Values that belong together, by what they are over."""
+
+    name: str
+    points: dict[float, float]
+
+
 class Axis(msgspec.Struct, frozen=True):
     """One axis: what it shows, and from where to where."""
 
     label: str
     low: float
     high: float
+    marked: tuple[float, ...] = ()
+    """What is marked on a logarithmic axis; the others mark round values."""
+
+    def share(self, value: float) -> float:
+        """Where ``value`` is, from 0 to 1."""
+        if self.marked:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
         """Round values within it, some five of them."""
+        if self.marked:
+            return list(self.marked)
         rough = (self.high - self.low) / 5
         power = 10 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
@@ -65,12 +83,37 @@ def scatter(title: str, points: Sequence[Point], x: str, y: str) -> str:
     return _document(title, across, up, marks)
 
 
+def lines(title: str, series: Sequence[Line], x: str, y: str, *, line_at: float) -> str:
+    """Lines over a logarithmic axis, as an SVG document; names in the order of the values on the left.
+
+    Args:
+        line_at: the value up the plot that is told apart.
+    """
+    over = sorted({value for each in series for value in each.points})
+    low, room = over[0] / 1.2, 1 - _LEGEND_WIDTH / (_WIDTH - _LEFT - _RIGHT)
+    across = Axis(x, low, low * (over[-1] * 1.2 / low) ** (1 / room), tuple(over))
+    up = axis_over(y, [value for each in series for value in each.points.values()])
+    marks = [f'<path d="M{_LEFT} {_y(up, line_at):.1f}H{_WIDTH - _RIGHT}" stroke="#888"/>']
+    named = sorted(series, key=lambda each: -each.points[min(each.points)])
+    for index, each in enumerate(named):
+        colour, dashes = _COLOURS[index % len(_COLOURS)], index // len(_COLOURS) * 5
+        places = [f"{_x(across, at):.1f} {_y(up, value):.1f}" for at, value in sorted(each.points.items())]
+        stroke = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
+        left, row = _WIDTH - _RIGHT - _LEGEND_WIDTH, _TOP + 12 + 17 * index
+        marks += [
+            f'<path d="M{"L".join(places)}" {stroke} fill="none"/>',
+            f'<path d="M{left} {row - 4}h22" {stroke}/>',
+            f'<text x="{left + 28}" y="{row}" fill="{colour}">{escape(each.name)}</text>',
+        ]
+    return _document(title, across, up, marks)
+
+
 def _x(axis: Axis, value: float) -> float:
-    return _LEFT + (value - axis.low) / (axis.high - axis.low) * (_WIDTH - _LEFT - _RIGHT)
+    return _LEFT + axis.share(value) * (_WIDTH - _LEFT - _RIGHT)
 
 
 def _y(axis: Axis, value: float) -> float:
-    return _HEIGHT - _BOTTOM - (value - axis.low) / (axis.high - axis.low) * (_HEIGHT - _TOP - _BOTTOM)
+    return _HEIGHT - _BOTTOM - axis.share(value) * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _document(title: str, across: Axis, up: Axis, marks: Sequence[str]) -> str:

@@ -7,8 +7,6 @@ The model computes in float32, so that its own rounding does not hide the codec'
 
 from __future__ import annotations
 
-import secrets
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata import plugins
+from kvstrata.bench.codecs import LEVELS, chosen, key_file
 from kvstrata.bench.kv import CHUNK_TOKENS, page_layout
 from kvstrata.bench.passages import Passage, fingerprint, passages
 from kvstrata.bench.plot import Point, scatter
@@ -26,14 +24,13 @@ from kvstrata.bench.small_model import KV, SmallModel
 from kvstrata.cache.frames import Transfer, accept_frame, describe, encode_frame, prepare
 from kvstrata.codecs.base import Codec, PayloadDescription, Stage
 from kvstrata.codecs.naive import NaiveCodec
-from kvstrata.codecs.open import Decoders, open_codec
+from kvstrata.codecs.open import Decoders
 from kvstrata.codecs.pages import pack, unpack
 from kvstrata.errors import KVStrataError
 from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES, FrameHeader
 from kvstrata.types import KVLayout
 
 _BOOTSTRAPS = 2000
-_LEVELS = ("cachegen:high", "cachegen:low")
 _TARGETS = {
     "naive_nll_change_percent": Target(at_most=0),
     "floats_nll_change_percent": Target(at_most=0),
@@ -121,18 +118,17 @@ def run(config: QualityConfig, progress: Callable[[str], None] = lambda _: None)
     machine = environment()
     notes: list[str] = []
     outcomes: dict[str, list[Outcome]] = {}
-    with tempfile.TemporaryDirectory(prefix="kvstrata-bench-") as directory:
-        key_file = Path(directory) / "keys"
-        key_file.touch(mode=0o600)
-        key_file.write_text(secrets.token_hex(32))
-        codecs = _open(config.codecs, {"key_file": str(key_file)}, notes)
-        model = SmallModel(Path(config.cache_dir), "float32", Path(config.model) if config.model else None)
-        texts = passages(model.tokenize, config.passages, config.rest_tokens)
-        for passage in texts:
-            progress(f"passage {passage.number + 1} of {len(texts)}, {len(passage.prompt)} tokens")
-            baseline = _baseline(model, passage, config.greedy_tokens)
-            for name, codec in codecs.items():
-                outcomes.setdefault(name, []).append(_outcome(model, baseline, codec))
+    with key_file() as path:
+        codecs = chosen(config.codecs, LEVELS, {"key_file": str(path)}, notes)
+    if not config.codecs:
+        codecs = {name: codec for name, codec in codecs.items() if codec.stage is not Stage.ENCRYPT}
+    model = SmallModel(Path(config.cache_dir), "float32", Path(config.model) if config.model else None)
+    texts = passages(model.tokenize, config.passages, config.rest_tokens)
+    for passage in texts:
+        progress(f"passage {passage.number + 1} of {len(texts)}, {len(passage.prompt)} tokens")
+        baseline = _baseline(model, passage, config.greedy_tokens)
+        for name, codec in codecs.items():
+            outcomes.setdefault(name, []).append(_outcome(model, baseline, codec))
     figures = {name: figures_of(of, config.seed) for name, of in outcomes.items()}
     return Report(
         benchmark="quality",
@@ -160,22 +156,6 @@ def run(config: QualityConfig, progress: Callable[[str], None] = lambda _: None)
             for field in Outcome.__struct_fields__
         },
     )
-
-
-def _open(spellings: Sequence[str], general: dict[str, str], notes: list[str]) -> dict[str, Codec]:
-    """The codecs to compare, by spelling. Raises ConfigError or PluginError for one that was asked for."""
-    if spellings:
-        return {spelling: open_codec(spelling, general) for spelling in spellings}
-    codecs: dict[str, Codec] = {}
-    for spelling in (*plugins.names("codecs"), *_LEVELS):
-        try:
-            codec = open_codec(spelling, general)
-        except KVStrataError as error:
-            notes.append(f"{spelling} is left out: {error}")
-            continue
-        if codec.stage is not Stage.ENCRYPT:
-            codecs[spelling] = codec
-    return codecs
 
 
 def _baseline(model: SmallModel, passage: Passage, greedy_tokens: int) -> Baseline:

@@ -262,6 +262,51 @@ def gate(
     return _show(run(config, _progress), as_json, strict=strict)
 
 
+@app.command("link", epilog="Example: kvstrata bench link --codec floats --codec cachegen --speed 100")
+def link(
+    *,
+    codecs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--codec", metavar="CODEC", help="As in remote_serde; may be given again. Default: all there are."
+        ),
+    ] = None,
+    speeds: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--speed", min=0.1, help="Of the link, MB/s; may be given again. Default: 50, 200, 1000."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model and logs.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a prompt.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Requests for each codec and speed.")] = None,
+    svg: Annotated[str | None, typer.Option(metavar="FILE", help="Draw times against speeds.")] = None,
+    as_json: Json = None,
+) -> int:
+    """Time a real vLLM's first token with each codec, and Redis behind links of several speeds.
+
+    Starts a vLLM on the CPU and a Redis of its own, behind a proxy. Needs the demo extra.
+    """
+    from kvstrata.bench.link import LinkConfig, drawing, run  # noqa: PLC0415
+
+    config = _config(
+        LinkConfig,
+        codecs=codecs,
+        speeds=speeds,
+        model=model,
+        cache_dir=cache_dir,
+        prompt_tokens=prompt_tokens,
+        repeats=repeats,
+    )
+    report = run(config, _progress)
+    if svg is not None:
+        Path(svg).write_text(drawing(report))
+    return _show(report, as_json, strict=False)
+
+
 def _config(kind: type[T], **options: object) -> T:
     """A configuration of what was given; the rest at its defaults."""
     given = {key: value for key, value in options.items() if value is not None}

