@@ -1,8 +1,10 @@
 """Who holds how much of one tier, and whose entries may go to make room for whom. Pure state without a lock; the
 tier's own guards it.
 
-What a ``cache_salt`` holds has an **account** when there is a quota for it. Salts without one share an account, or,
-with a default quota, have one each. Salts appear as their ids (``hashing.salt_id``) only.
+Each ``cache_salt`` that holds something has an **account**, with a quota or without, so that nothing has to be
+counted when a quota is set. Only the order of uses that a limit wants is kept from then on; the tier tells of what
+it holds already, a part at a time (``prepare``, ``place``, ``change``). Salts appear as their ids
+(``hashing.salt_id``) only.
 
 What another account's load would evict, and is reserved, is **parked**: taken out of the tier's order of eviction,
 so that nobody comes across it again before it is used, or its account holds more than is reserved. So each use
@@ -11,10 +13,9 @@ of an entry costs at most one parking, however many entries are reserved.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Annotated, Generic, TypeVar
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -44,14 +45,33 @@ class Usage(msgspec.Struct, frozen=True):
     """Entries for which its limit, or what is reserved for others, left no room."""
 
 
-class Account(Generic[K]):
-    """What one salt holds, or several together."""
+NO_QUOTA = Quota()
+"""Of salts for which nobody has set one."""
+_NONE_PARKED: OrderedDict[Any, int] = OrderedDict()
+"""What accounts have parked that never parked anything: there may be as many as entries."""
 
-    def __init__(self, quota: Quota = Quota(), salt_id: bytes = b"", *, is_named: bool = True) -> None:  # noqa: B008  it is frozen
-        self.quota = quota
+
+class Account(Generic[K]):
+    """What one salt holds."""
+
+    __slots__ = (
+        "held_bytes",
+        "is_named",
+        "num_entries",
+        "num_evicted",
+        "num_refused",
+        "order",
+        "parked",
+        "quota",
+        "salt_id",
+        "used_bytes",
+    )
+
+    def __init__(self, salt_id: bytes, quota: Quota, *, is_ordered: bool) -> None:
         self.salt_id = salt_id
-        self.is_named = is_named
-        """False: made for the default quota, and forgotten when it is empty."""
+        self.quota = quota
+        self.is_named = False
+        """Whether there is a quota for this salt by itself; other accounts are forgotten when they are empty."""
         self.held_bytes = 0
         """Of entries that are held."""
         self.used_bytes = 0
@@ -59,9 +79,9 @@ class Account(Generic[K]):
         self.num_entries = 0
         self.num_evicted = 0
         self.num_refused = 0
-        self.parked: OrderedDict[K, int] = OrderedDict()
+        self.parked: OrderedDict[K, int] = _NONE_PARKED
         """Reserved entries with their sizes, the one to evict first in front."""
-        self.order: OrderedDict[K, None] = OrderedDict()
+        self.order: OrderedDict[K, None] | None = OrderedDict() if is_ordered else None
         """With a limit: all its entries, the one used longest ago in front."""
 
     def excess_bytes(self, more_bytes: int = 0) -> int:
@@ -78,31 +98,31 @@ class Accounts(Generic[K]):
     """The accounts of one tier."""
 
     def __init__(self) -> None:
-        self.others: Account[K] = Account()
-        """All salts without a quota."""
         self.default: Quota | None = None
-        """What each of those may hold, if it is limited; then each has its account."""
+        """What each salt without a quota of its own may hold, if that is limited; not for what has no salt."""
         self._accounts: dict[bytes, Account[K]] = {}
         self._releasing: dict[Account[K], None] = {}
         self.num_parked = 0
+        self._has_quotas = False
+        self._orders_others = False
+        """Whether salts without a quota of their own have a limit, or are about to."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no quota, so that uses need not be reported."""
-        return not self._accounts and self.default is None
+        """Whether no quota was ever set, or nothing is left of one, so that uses need not be reported."""
+        return not self._has_quotas and not self.num_parked
 
     def of(self, salt_id: bytes) -> Account[K]:
         """The account that entries of a salt belong to."""
         account = self._accounts.get(salt_id)
-        if account is not None:
-            return account
-        if self.default is None or not salt_id:
-            return self.others
-        return Account(self.default, salt_id, is_named=False)  # kept as soon as it holds something
+        if account is None:  # kept as soon as it holds something
+            quota = self.default if salt_id else None
+            account = Account(salt_id, quota or NO_QUOTA, is_ordered=self._orders_others and bool(salt_id))
+        return account
 
     def all(self) -> Iterator[Account[K]]:
-        """Every account, that of the others included."""
-        return iter((self.others, *self._accounts.values()))
+        """Every account."""
+        return iter(self._accounts.values())
 
     @property
     def reserved_bytes(self) -> int:
@@ -111,7 +131,7 @@ class Accounts(Generic[K]):
 
     def usage(self, salt_id: bytes | None) -> Usage:
         """What a salt with a quota holds; None: all that the default quota is for, together."""
-        accounts = (a for a in self._accounts.values() if not a.is_named)
+        accounts = (a for a in self._accounts.values() if not a.is_named and a.salt_id)
         if salt_id is not None:
             accounts = (self._accounts[salt_id] for _ in range(salt_id in self._accounts))
         usage = Usage()
@@ -131,7 +151,7 @@ class Accounts(Generic[K]):
         account = self.of(salt_id)
         account.held_bytes += size
         account.num_entries += 1
-        if account.quota.limit_bytes is not None:
+        if account.order is not None:
             account.order[key] = None
         self._changed(account)
 
@@ -139,20 +159,20 @@ class Accounts(Generic[K]):
         """Room was set aside for an entry."""
         account = self.of(salt_id)
         account.used_bytes += size
-        if not account.is_named:
-            self._accounts[salt_id] = account
+        self._accounts[salt_id] = account
 
     def give_back(self, salt_id: bytes, size: int) -> None:
         """That room is free again."""
         account = self.of(salt_id)
         account.used_bytes -= size
         if not account.is_named and account.used_bytes == 0:
-            self._accounts.pop(salt_id, None)
+            del self._accounts[salt_id]
 
     def touched(self, salt_id: bytes, key: K) -> bool:
         """An entry was used; whether it had been parked, and is to take part in the tier's order again."""
         account = self.of(salt_id)
-        if key in account.order:
+        if account.order is not None:
+            account.order[key] = None  # also one that has not been placed yet
             account.order.move_to_end(key)
         return self.unpark(account, key)
 
@@ -161,13 +181,16 @@ class Accounts(Generic[K]):
         account = self.of(salt_id)
         account.held_bytes -= size
         account.num_entries -= 1
-        account.order.pop(key, None)
+        if account.order is not None:
+            account.order.pop(key, None)
         was_parked = self.unpark(account, key)
         self._changed(account)
         return was_parked
 
     def park(self, account: Account[K], key: K, size: int) -> None:
         """The tier came across an entry that it is not to evict, and has taken it out of its own order."""
+        if account.parked is _NONE_PARKED:
+            account.parked = OrderedDict()
         account.parked[key] = size
         self.num_parked += 1
         self._changed(account)
@@ -196,68 +219,53 @@ class Accounts(Generic[K]):
         else:
             self._releasing.pop(account, None)
 
-    # What an operator sets
+    # What an operator sets: first ``prepare``; then, if that asks for it, ``place`` for each entry; then ``change``
 
-    def change(self, salt_id: bytes, quota: Quota) -> bool:
-        """Set the amounts of an account, if that is all that there is to do."""
-        account = self._accounts.get(salt_id)
-        if account is None or not account.is_named:
-            return False
-        if (account.quota.limit_bytes is None) != (quota.limit_bytes is None):
-            return False
-        account.quota = quota
-        self._changed(account)
-        return True
+    def prepare(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> bool:
+        """Keep the order of uses of what is about to get its first limit; whether entries are to be placed in it.
 
-    def rebuild(
-        self,
-        quotas: Mapping[bytes, Quota],
-        default: Quota | None,
-        held: Iterable[tuple[K, bytes, int]],
-        leaving: Iterable[tuple[bytes, int]],
-    ) -> None:
-        """Have these quotas from now on. ``held`` are the key, salt and size of each entry; ``leaving`` salt and
-        size of room that is not given back yet.
-
-        Walks over all entries. Those of an account that had no limit are ordered by when they were stored.
+        Like ``change``, takes as long as a look at each salt.
         """
-        old = list(self.all())
-        self.default = default
-        self._accounts = {salt_id: Account(quota, salt_id) for salt_id, quota in quotas.items()}
-        self._releasing.clear()
-        for before in old:
-            after = self._accounts.get(before.salt_id) if before is not self.others else None
-            if after is not None:
-                after.num_evicted, after.num_refused = before.num_evicted, before.num_refused
-        self.others = Account()
-        used = {key: None for before in old for key in before.order}
-        parked = {key: size for before in old for key, size in before.parked.items()}
-        owners: dict[bytes, Account[K]] = {}
-        kept: dict[K, Account[K]] = {}
-        """The entries that have a place in their account."""
-        for key, salt_id, size in held:
-            account = owners.get(salt_id)
-            if account is None:
-                self.take(salt_id, 0)
-                account = owners[salt_id] = self.of(salt_id)
-            account.held_bytes += size
-            account.used_bytes += size
-            account.num_entries += 1
-            if account.quota.limit_bytes is not None or key in parked:
-                kept[key] = account
-        for salt_id, size in leaving:
-            self.take(salt_id, size)
-        self._order(used, parked, kept)
-        for account in self.all():
-            self._changed(account)
+        self._has_quotas = True
+        self._orders_others |= _is_limit(default)
+        for salt_id in quotas:
+            self._accounts.setdefault(salt_id, self.of(salt_id)).is_named = True
+        is_new = False
+        for account in self._accounts.values():
+            if account.order is None and _is_limit(_quota_of(account, quotas, default)):
+                account.order = OrderedDict()
+                is_new |= account.num_entries > 0
+        return is_new
 
-    @staticmethod
-    def _order(used: Mapping[K, None], parked: Mapping[K, int], kept: Mapping[K, Account[K]]) -> None:
-        """Give entries their places: those that had one before come first, in the same order."""
-        for key in itertools.chain(used, (key for key in kept if key not in used)):
-            account = kept.get(key)
-            if account is not None and account.quota.limit_bytes is not None:
-                account.order[key] = None
-        for key, size in parked.items():
-            if key in kept:
-                kept[key].parked[key] = size
+    def place(self, salt_id: bytes, key: K) -> None:
+        """An entry that is held: it goes in front of its account's order, if it has no place there. So the caller
+        begins with the one that was stored last."""
+        order = self.of(salt_id).order
+        if order is not None and key not in order:
+            order[key] = None
+            order.move_to_end(key, last=False)
+
+    def change(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> None:
+        """Have these quotas from now on; what has a limit has been placed."""
+        self.default = default
+        self._has_quotas = bool(quotas) or default is not None
+        self._orders_others = _is_limit(default)
+        for account in list(self._accounts.values()):
+            quota = _quota_of(account, quotas, default)
+            if account.quota is NO_QUOTA:
+                account.num_evicted = account.num_refused = 0
+            account.quota = quota
+            account.is_named = account.salt_id in quotas
+            if quota.limit_bytes is None:
+                account.order = None
+            self._changed(account)
+            if not account.is_named and account.used_bytes == 0:
+                del self._accounts[account.salt_id]
+
+
+def _quota_of(account: Account[K], quotas: Mapping[bytes, Quota], default: Quota | None) -> Quota:
+    return quotas.get(account.salt_id) or (default if account.salt_id else None) or NO_QUOTA
+
+
+def _is_limit(quota: Quota | None) -> bool:
+    return quota is not None and quota.limit_bytes is not None

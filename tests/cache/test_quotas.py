@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvstrata.cache.cache import Cache
-from kvstrata.cache.index import Index, State
+from kvstrata.cache.index import Entry, Index, State
 from kvstrata.config import DEFAULT_QUOTA, QuotaConfig
 from kvstrata.errors import NotFoundError, OperationError
 from kvstrata.frame import HEADER_BYTES
@@ -16,7 +16,7 @@ from kvstrata.hashing import salt_id
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.lru import LRUPolicy
 from kvstrata.policies.s3fifo import S3FIFOPolicy
-from kvstrata.quotas import Quota
+from kvstrata.quotas import Quota, Usage
 from kvstrata.testing.client import CHUNK_SIZE, Prompt, make_namespace, payload_of, prompt
 from kvstrata.testing.core import frame_bytes, open_core, settle, store, wait_lookup
 from kvstrata.tiers.dict import DictTier
@@ -115,6 +115,17 @@ def test_parked_entries_go_first_once_they_are_not_reserved(policy: LRUPolicy) -
         assert held(cache, own[2]) == [False]
 
 
+def test_what_was_reserved_is_found_after_the_last_quota_has_ended(policy: LRUPolicy) -> None:
+    with open_core(pool_bytes=POOL_CHUNKS * SLOT, policy=policy) as cache:
+        cache.quotas.put(quota("acme", reserved=3))
+        own = chunks("acme", range(3))
+        put(cache, *own, *chunks("noisy", range(20)))
+        assert cache.index.accounts.num_parked == 3
+        cache.quotas.remove("acme")
+        assert [why(cache, each) for each in own] == [None] * 3
+        assert cache.index.accounts.is_empty
+
+
 def test_what_reserves_of_others_leave_no_room_for_is_refused_and_says_why() -> None:
     with open_core(pool_bytes=POOL_CHUNKS * SLOT) as cache:
         cache.quotas.put(quota("a", reserved=5), quota("b", reserved=5))
@@ -181,6 +192,47 @@ def test_a_disk_keeps_quotas_too_and_knows_whose_files_are_after_a_restart(tmp_p
         assert disk.usage(salt_id("acme")).num_entries == 3, "loading them has not changed whose they are"
 
 
+def test_a_first_limit_gives_the_lock_away_while_it_orders_what_is_held() -> None:
+    """Uses and stores come in between, and the oldest go first all the same."""
+    index = Index(SlotAllocator(5000 * SLOT), LRUPolicy())
+
+    def add(number: int) -> Entry:
+        piece = Piece(number.to_bytes(32, "big"), bytes(32), 0, CHUNK_SIZE, salt_id=salt_id("acme"))
+        entry = index.insert(SPACE, piece, 0, State.WRITING)
+        assert entry is not None
+        entry.state = State.READY
+        index.unlease(entry)
+        return entry
+
+    entries = [add(number) for number in range(4000)]
+    steps = index.change_quotas({salt_id("acme"): Quota(limit_bytes=3 * SLOT)}, None)
+    next(steps)
+    assert len(index.accounts.of(salt_id("acme")).order or ()) == 0
+    next(steps)
+    index.touch([entries[0]])  # has not been placed yet
+    index.touch([entries[-1]])
+    for entry in (entries[2], entries[-3]):
+        index.drop(entry)
+    late = add(9999)
+    num_steps = sum(1 for _ in steps)
+    assert num_steps > 10
+    assert list(index.entries.values()) == [entries[0], entries[-1], late]
+    assert list(index.accounts.of(salt_id("acme")).order or ()) == [e.key for e in index.entries.values()]
+
+
+def test_a_quota_without_a_limit_looks_at_no_entry() -> None:
+    class Unlooked(dict[bytes, Entry]):
+        def values(self):
+            raise AssertionError("all entries were walked over")
+
+    index = Index(SlotAllocator(10 * SLOT), LRUPolicy())
+    index.insert(SPACE, Piece(bytes(32), bytes(32), 0, CHUNK_SIZE, salt_id=salt_id("acme")), 0, State.READY)
+    index.entries = Unlooked(index.entries)
+    assert list(index.change_quotas({salt_id("acme"): Quota(reserved_bytes=SLOT)}, None)) == []
+    assert index.accounts.usage(salt_id("acme")) == Usage(1, SLOT)
+    assert list(index.change_quotas({}, None)) == []
+
+
 def test_leases_outlive_a_lowered_limit() -> None:
     with open_core(pool_bytes=POOL_CHUNKS * SLOT) as cache:
         own = chunks("acme", range(4))
@@ -206,8 +258,8 @@ def test_the_default_is_for_each_other_salt() -> None:
         assert rows[DEFAULT_QUOTA].num_entries == 4
         assert rows["big"].num_entries == 3
         cache.clear()
-        assert [account.is_named for account in cache.index.accounts.all()] == [True, True], (
-            "they are forgotten"
+        assert [account.salt_id for account in cache.index.accounts.all()] == [salt_id("big")], (
+            "the others are forgotten"
         )
 
 
@@ -256,7 +308,7 @@ def test_no_entry_is_looked_at_twice_for_what_others_reserve() -> None:
                 yield key
 
     index = Index(SlotAllocator(1100 * SLOT), Counted())
-    index.set_quotas({salt_id("acme"): Quota(reserved_bytes=1000 * SLOT)}, None)
+    list(index.change_quotas({salt_id("acme"): Quota(reserved_bytes=1000 * SLOT)}, None))
     for number in range(3100):
         name = number.to_bytes(32, "big")
         salt = "acme" if number < 1000 else "noisy"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Generator
 
+import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -29,6 +31,7 @@ LAYOUT = KVLayout(
 SPACE = Namespace("vllm", "m", "fp", "auto", 1, "tp1", 1, LAYOUT)
 SALTS = (*(name * 16 for name in (b"a", b"b", b"c", b"d")), b"")
 salts = st.sampled_from(SALTS)
+END = object()
 picks = st.integers(0, 1000)
 # Hypothesis draws small numbers often: reserves of nothing and limits of nothing among them.
 quotas = st.builds(
@@ -50,9 +53,9 @@ class WatchedIndex(Index):
         if evicted:
             assert entry.leases == 0
             assert not any(other.parent == entry.key for other in self.entries.values())
-            account = self.accounts.of(entry.salt_id)
-            if entry.salt_id != self.inserting and account is not self.accounts.others:
-                assert self.held_bytes(entry.salt_id) - SLOT >= account.quota.reserved_bytes
+            if entry.salt_id != self.inserting:
+                reserved_bytes = self.accounts.of(entry.salt_id).quota.reserved_bytes
+                assert self.held_bytes(entry.salt_id) - SLOT >= reserved_bytes
         super().drop(entry, evicted=evicted)
 
 
@@ -66,10 +69,16 @@ class Quotas(RuleBasedStateMachine):
         self.default: Quota | None = None
         self.leased: list[Entry] = []
         self.names = iter(range(1 << 30))
+        self.changing: Generator[None, None, None] | None = None
+        self.changed: bytes | None = None
         for salt_id, quota in first.items():
             self.set_quota(salt_id, quota)
+        self.end_change()
 
     def limit(self, salt_id: bytes) -> int | None:
+        """What is in force now."""
+        if self.changing is not None:
+            return self.index.accounts.of(salt_id).quota.limit_bytes
         quota = self.quotas.get(salt_id, self.default if salt_id else None)
         return None if quota is None else quota.limit_bytes
 
@@ -144,6 +153,7 @@ class Quotas(RuleBasedStateMachine):
 
     @rule(salt_id=salts, quota=st.none() | quotas)
     def set_quota(self, salt_id: bytes, quota: Quota | None) -> None:
+        self.end_change()
         changed = {name: each for name, each in self.quotas.items() if name != salt_id}
         if quota is not None:
             changed[salt_id] = quota
@@ -154,22 +164,34 @@ class Quotas(RuleBasedStateMachine):
 
     @rule(limit=st.none() | st.integers(0, 4))
     def set_default(self, limit: int | None) -> None:
+        self.end_change()
         self.default = None if limit is None else Quota(limit_bytes=limit * SLOT)
         self.apply(None)
 
     def apply(self, salt_id: bytes | None) -> None:
-        self.index.set_quotas(self.quotas, self.default)
-        self.index.inserting = salt_id
-        while self.index.keep_limits(2):
-            pass
+        self.changing, self.changed = self.index.change_quotas(self.quotas, self.default), salt_id
+
+    @rule(num_steps=st.integers(1, 4))
+    def step(self, num_steps: int) -> None:
+        """A part of a change; whatever comes next finds it half done."""
+        self.index.inserting = self.changed
+        for _ in range(num_steps):
+            if self.changing is not None and next(self.changing, END) is END:
+                self.changing = None
+                self.check_limits()
         self.index.inserting = None
+
+    @rule()
+    def end_change(self) -> None:
+        while self.changing is not None:
+            self.step(1)
+
+    def check_limits(self) -> None:
         for account in self.index.accounts.all():
-            if account.quota.limit_bytes is not None and account.used_bytes > account.quota.limit_bytes:
-                assert not any(
-                    e.is_free
-                    for e in self.index.entries.values()
-                    if self.index.accounts.of(e.salt_id) is account
-                )
+            limit = self.limit(account.salt_id)
+            assert account.quota.limit_bytes == limit
+            if limit is not None and account.used_bytes > limit:
+                assert not any(e.is_free for e in self.index.entries.values() if e.salt_id == account.salt_id)
 
     @rule(slots=st.integers(4, NUM_SLOTS))
     def resize(self, slots: int) -> None:
@@ -195,11 +217,16 @@ class Quotas(RuleBasedStateMachine):
             assert (account.num_entries, account.held_bytes) == (len(held), SLOT * len(held))
             assert account.used_bytes == SLOT * (len(held) + len(gone))
             assert set(account.parked) <= set(held)
-            assert sorted(account.order) == (sorted(held) if account.quota.limit_bytes is not None else [])
+            if self.changing is None:
+                assert (account.order is None) == (account.quota.limit_bytes is None)
+                assert account.order is None or sorted(account.order) == sorted(held)
+            else:
+                assert set(account.order or ()) <= set(held)
 
     def teardown(self) -> None:
         if not hasattr(self, "index"):
             return
+        self.end_change()
         for entry in self.leased:
             self.index.unlease(entry)
         for entry in list(self.index.entries.values()):
@@ -209,6 +236,13 @@ class Quotas(RuleBasedStateMachine):
         assert self.index.accounts.num_parked == 0
         assert all(account.used_bytes == 0 for account in self.index.accounts.all())
         assert all(account.is_named for account in self.index.accounts.all())
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten entries, as in the application of thousands."""
+    monkeypatch.setattr("kvstrata.cache.index._ENTRIES_AT_ONCE", 2)
+    monkeypatch.setattr("kvstrata.cache.index._EVICTIONS_AT_ONCE", 2)
 
 
 TestQuotas = Quotas.TestCase

@@ -137,11 +137,14 @@ class DiskIndex(RuleBasedStateMachine):
     def held(self, salt: bytes) -> int:
         return sum(size for size, owner in self.model.values() if owner == salt)
 
+    def pending(self, salt: bytes) -> int:
+        return sum(size for _, size, owner in self.under_way if owner == salt)
+
     def gone(self, victims: list[str], salt: bytes | None) -> None:
         for key in victims:
             _, owner = self.model.pop(key)
             if owner != salt and owner in self.quotas:
-                assert self.held(owner) >= self.quotas[owner].reserved_bytes
+                assert self.held(owner) + self.pending(owner) >= self.quotas[owner].reserved_bytes
 
     @rule(salt=st.sampled_from(SALTS), size=st.integers(1, 2))
     def begin(self, salt: bytes, size: int) -> None:
@@ -150,8 +153,7 @@ class DiskIndex(RuleBasedStateMachine):
         if fits:
             self.under_way.append((f"key{next(self.names)}", size, salt))
         limit = self.quotas[salt].limit_bytes if salt in self.quotas else None
-        pending = sum(size for _, size, owner in self.under_way if owner == salt)
-        assert limit is None or not fits or self.held(salt) + pending <= limit
+        assert limit is None or not fits or self.held(salt) + self.pending(salt) <= limit
 
     @rule(pick=st.integers(0, 100), fails=st.booleans())
     def end(self, pick: int, fails: bool) -> None:
@@ -182,7 +184,8 @@ class DiskIndex(RuleBasedStateMachine):
         changed |= {} if quota is None else {salt: quota}
         if sum(each.reserved_bytes for each in changed.values()) <= 10:
             self.quotas = changed
-            self.gone(self.index.set_quotas(changed, None), salt)
+            for victims in self.index.change_quotas(changed, None):
+                self.gone(victims, salt)
 
     @invariant()
     def adds_up(self) -> None:
@@ -190,8 +193,7 @@ class DiskIndex(RuleBasedStateMachine):
         assert self.index.totals() == (len(self.model), sum(size for size, _ in self.model.values()))
         assert self.index.totals()[1] + sum(size for _, size, _ in self.under_way) <= 10
         for salt in self.quotas:
-            pending = sum(size for _, size, owner in self.under_way if owner == salt)
-            assert self.index.usage(salt).used_bytes == self.held(salt) + pending
+            assert self.index.usage(salt).used_bytes == self.held(salt) + self.pending(salt)
 
 
 TestDiskIndex = DiskIndex.TestCase

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -29,6 +29,9 @@ _MAX_PASSED_OVER = 10_000
 """Victims that one allocation looks at; more means that nearly all of L1 is in use."""
 _MAX_PARENTS_KEPT = 1000
 """Entries with continuations that keep their place in the order; beyond them it costs too much to pass over."""
+_ENTRIES_AT_ONCE = 1000
+_EVICTIONS_AT_ONCE = 256
+"""In one step of what is done in steps: a millisecond or two."""
 _MAX_GHOSTS = 65_536
 """Evicted keys that are remembered, to tell an evicted miss from an absent one."""
 
@@ -185,13 +188,13 @@ class Index:
     def _fits_limit(self, account: Account[bytes], size: int, max_evictions: int = _MAX_PASSED_OVER) -> bool:
         """Evict what an account used longest ago, at most so many entries, until ``size`` bytes more are within its
         limit; whether they are."""
-        limit = account.quota.limit_bytes
-        if limit is None or account.excess_bytes(size) <= 0:
+        limit, order = account.quota.limit_bytes, account.order
+        if limit is None or order is None or account.excess_bytes(size) <= 0:
             return True
         if size > limit:
             return False
         offered: set[bytes] = set()
-        for key in itertools.islice(unoffered(account.order, offered), _MAX_PASSED_OVER):
+        for key in itertools.islice(unoffered(order, offered), _MAX_PASSED_OVER):
             offered.add(key)
             entry = self.entries[key]
             if entry.is_free:
@@ -303,32 +306,34 @@ class Index:
 
     # Quotas
 
-    def set_quotas(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> None:
-        """Have these quotas, by the ids of their salts, from now on. ``keep_limits`` evicts what they do not allow.
+    def change_quotas(
+        self, quotas: Mapping[bytes, Quota], default: Quota | None
+    ) -> Generator[None, None, None]:
+        """Have these quotas, by the ids of their salts, and evict what they do not allow.
 
-        Walks over all entries, unless only amounts differ.
+        A step at a time: between two of them others may use the index. A limit that is the first of its salt walks
+        over all entries, and holds after that; what nobody uses meanwhile is ordered by when it was stored.
         """
-        known = {a.salt_id for a in self.accounts.all() if a.is_named and a is not self.accounts.others}
-        is_same = default == self.accounts.default and known == set(quotas)
-        if is_same and all(self.accounts.change(salt_id, quota) for salt_id, quota in quotas.items()):
-            return
-        size = self.allocator.slot_bytes
-        self.accounts.rebuild(
-            quotas,
-            default,
-            ((e.key, e.salt_id, size(e.offset)) for e in self.entries.values()),
-            ((e.salt_id, size(e.offset)) for e in self._leaving.values()),
-        )
+        entries = list(self.entries.values()) if self.accounts.prepare(quotas, default) else []
+        while entries:
+            yield
+            for entry in reversed(entries[-_ENTRIES_AT_ONCE:]):
+                if entry.state is not State.DROPPED:
+                    self.accounts.place(entry.salt_id, entry.key)
+            del entries[-_ENTRIES_AT_ONCE:]
+        self.accounts.change(quotas, default)
+        limited = [account for account in self.accounts.all() if account.order is not None]
+        for number, account in enumerate(limited):
+            while self._keep_limit(account, _EVICTIONS_AT_ONCE):
+                yield
+            if number % _ENTRIES_AT_ONCE == 0:
+                yield
 
-    def keep_limits(self, max_evictions: int) -> bool:
+    def _keep_limit(self, account: Account[bytes], max_evictions: int) -> bool:
         """Evict, at most so many entries, what an account holds beyond its limit; whether more can go."""
-        for account in list(self.accounts.all()):
-            if account.excess_bytes() > 0:
-                before = account.num_evicted
-                self._fits_limit(account, 0, max_evictions)
-                if account.num_evicted > before:
-                    return True
-        return False
+        before = account.num_evicted
+        self._fits_limit(account, 0, max_evictions)
+        return account.num_evicted > before
 
     def unlease(self, entry: Entry) -> None:
         """One lease less. Nobody who held it touches the slot any more."""

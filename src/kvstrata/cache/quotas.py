@@ -15,9 +15,7 @@ from kvstrata.hashing import salt_id
 from kvstrata.metrics import L1
 from kvstrata.quotas import Quota, Usage
 from kvstrata.tiers.base import QuotaTier
-
-_EVICTIONS_AT_ONCE = 256
-"""Entries evicted under one hold of the core's lock."""
+from kvstrata.turns import take_turns
 
 
 class SaltQuota(msgspec.Struct, frozen=True):
@@ -98,26 +96,10 @@ class SaltQuotas:
             raise ConflictError(f"{reserved:,} bytes would be reserved of {tier}, which has {budget:,}")
 
     def _apply(self, configs: dict[str, QuotaConfig]) -> None:
-        for name in (L1, *self._tiers):
-            quotas = {
-                salt_id(config.cache_salt): config.tiers[name]
-                for config in configs.values()
-                if name in config.tiers and config.name != DEFAULT_QUOTA
-            }
-            default = configs[DEFAULT_QUOTA].tiers.get(name) if DEFAULT_QUOTA in configs else None
-            if name == L1:
-                self._apply_l1(quotas, default)
-            else:
-                self._tiers[name].set_quotas(quotas, default)
+        for name, tier in self._tiers.items():
+            tier.set_quotas(*_amounts(configs, name))
+        take_turns(self._l1.lock, self._l1.index.change_quotas(*_amounts(configs, L1)))
         self._configs = configs
-
-    def _apply_l1(self, quotas: dict[bytes, Quota], default: Quota | None) -> None:
-        with self._l1.lock:
-            self._l1.index.set_quotas(quotas, default)
-        there_is_more = True
-        while there_is_more:
-            with self._l1.lock:
-                there_is_more = self._l1.index.keep_limits(_EVICTIONS_AT_ONCE)
 
     def report(self) -> list[SaltQuota]:
         """Every quota with what is held."""
@@ -134,3 +116,14 @@ class SaltQuotas:
             return self._tiers[tier].usage(whose)
         with self._l1.lock:
             return self._l1.index.accounts.usage(whose)
+
+
+def _amounts(configs: dict[str, QuotaConfig], tier: str) -> tuple[dict[bytes, Quota], Quota | None]:
+    """The quotas of a tier by the ids of their salts, and what each other salt may hold."""
+    quotas = {
+        salt_id(config.cache_salt): config.tiers[tier]
+        for config in configs.values()
+        if tier in config.tiers and config.name != DEFAULT_QUOTA
+    }
+    default = configs[DEFAULT_QUOTA].tiers.get(tier) if DEFAULT_QUOTA in configs else None
+    return quotas, default

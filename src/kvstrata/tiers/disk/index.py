@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -12,6 +13,9 @@ from kvstrata.quotas import Account, Accounts, Quota, Usage
 
 TOUCH_SECONDS = 60.0
 """Times of use are written to a file at most this often; they order evictions after a restart."""
+
+FILES_AT_ONCE = 1000
+"""In one step of a change of quotas: a millisecond or two."""
 
 
 class _File(msgspec.Struct, frozen=True, gc=False):
@@ -80,13 +84,15 @@ class Index:
         with self._lock:
             return self._take(size, self._accounts.of(salt_id))[0]
 
-    def _keep_limit(self, account: Account[str], size: int) -> tuple[list[str], bool]:
+    def _keep_limit(
+        self, account: Account[str], size: int, max_victims: int = sys.maxsize
+    ) -> tuple[list[str], bool]:
         """Take out what an account used longest ago until ``size`` bytes more are within its limit."""
         victims: list[str] = []
         limit = account.quota.limit_bytes
         if limit is not None and size > limit:
             return victims, False
-        while account.excess_bytes(size) > 0 and account.order:
+        while account.excess_bytes(size) > 0 and account.order and len(victims) < max_victims:
             victims.append(next(iter(account.order)))
             self._drop(victims[-1])
             account.num_evicted += 1
@@ -183,23 +189,41 @@ class Index:
             return [key for key, file in self._files.items() if file.salt_id is None]
 
     def own(self, owners: Mapping[str, bytes]) -> None:
-        """It is known whose these are. ``set_quotas`` follows."""
+        """It is known whose these are."""
         with self._lock:
             for key, salt_id in owners.items():
                 file = self._files.get(key)
-                if file is not None:
+                if file is not None and file.salt_id is None:
                     self._files[key] = msgspec.structs.replace(file, salt_id=salt_id)
+                    self._accounts.removed(b"", key, file.size)
+                    self._accounts.give_back(b"", file.size)
+                    self._accounts.take(salt_id, file.size)
+                    self._accounts.added(salt_id, key, file.size)
 
-    def set_quotas(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> list[str]:
-        """Have these quotas from now on; the keys to delete for them."""
+    def change_quotas(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> Iterator[list[str]]:
+        """Have these quotas; yields the keys to delete for them.
+
+        A step at a time, between which others have their turn, as ``cache.index.Index.change_quotas`` does it.
+        """
         with self._lock:
-            files = [*self._parked.items(), *self._files.items()]
-            held = ((key, file.salt_id or b"", file.size) for key, file in files)
-            self._accounts.rebuild(quotas, default, held, self._reserved.items())
-            victims = []
-            for account in list(self._accounts.all()):
-                victims += self._keep_limit(account, 0)[0]
-            return victims
+            keys = [*self._parked, *self._files] if self._accounts.prepare(quotas, default) else []
+        while keys:
+            with self._lock:
+                for key in reversed(keys[-FILES_AT_ONCE:]):
+                    file = self._find(key)
+                    if file is not None:
+                        self._accounts.place(file.salt_id or b"", key)
+            del keys[-FILES_AT_ONCE:]
+        with self._lock:
+            self._accounts.change(quotas, default)
+            limited = [account for account in self._accounts.all() if account.order is not None]
+        for account in limited:
+            fits = False
+            while not fits:
+                with self._lock:
+                    victims, fits = self._keep_limit(account, 0, FILES_AT_ONCE)
+                yield victims
+                fits = fits or not victims
 
     def usage(self, salt_id: bytes | None) -> Usage:
         """See ``tiers.base.QuotaTier.usage``."""

@@ -20,7 +20,7 @@ from kvstrata.errors import ConfigError, TierFull
 from kvstrata.frame import HEADER_BYTES, salt_id_in
 from kvstrata.quotas import Quota, Usage
 from kvstrata.tiers.base import QuotaTier, TierOptions
-from kvstrata.tiers.disk.index import Index
+from kvstrata.tiers.disk.index import FILES_AT_ONCE, Index
 from kvstrata.tiers.disk.staging import STAGING, Staging
 from kvstrata.tiers.files import FULL, allocate, key_files, read_into, rename_into, translated, write_all
 from kvstrata.tiers.paths import key_path
@@ -223,9 +223,12 @@ class DiskTier(QuotaTier):
     def set_quotas(self, quotas: Mapping[bytes, Quota], default: Quota | None) -> None:
         """See :class:`QuotaTier`. The first time, the headers of files from before this process are read."""
         if quotas or default is not None:
-            self._index.own({key: self._owner(key) for key in self._index.ownerless()})
+            keys = self._index.ownerless()
+            for at in range(0, len(keys), FILES_AT_ONCE):
+                self._index.own({key: self._owner(key) for key in keys[at : at + FILES_AT_ONCE]})
         with translated("delete", self._root):
-            self._unlink(self._index.set_quotas(quotas, default))
+            for victims in self._index.change_quotas(quotas, default):
+                self._unlink(victims)
 
     def _owner(self, key: str) -> bytes:
         """The id of the salt in a file's header; none when it cannot be read."""
