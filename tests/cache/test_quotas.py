@@ -10,7 +10,7 @@ import pytest
 from kvstrata.cache.cache import Cache
 from kvstrata.cache.index import Entry, Index, State
 from kvstrata.config import DEFAULT_QUOTA, QuotaConfig
-from kvstrata.errors import NotFoundError, OperationError
+from kvstrata.errors import NotFoundError, OperationError, TierUnavailable
 from kvstrata.frame import HEADER_BYTES
 from kvstrata.hashing import salt_id
 from kvstrata.memory.pool import SlotAllocator
@@ -190,6 +190,37 @@ def test_a_disk_keeps_quotas_too_and_knows_whose_files_are_after_a_restart(tmp_p
         cache.clear(tiers=False)
         assert [why(cache, each) for each in chunks("acme", range(5))].count(None) == 3
         assert disk.usage(salt_id("acme")).num_entries == 3, "loading them has not changed whose they are"
+
+
+def test_a_disk_that_cannot_delete_leaves_all_quotas_as_they_were(tmp_path: Path) -> None:
+    frame = HEADER_BYTES + SPACE.layout.payload_bytes(CHUNK_SIZE)
+    disks = [DiskTier(DiskOptions(path=str(tmp_path / name), max_bytes=6 * frame)) for name in "ab"]
+
+    def limits(number: int) -> QuotaConfig:
+        amounts = {"l1": Quota(limit_bytes=number * SLOT)}
+        amounts |= {name: Quota(limit_bytes=number * frame) for name in ("tier0", "tier1")}
+        return QuotaConfig(name="acme", tiers=amounts)
+
+    with open_core(disks, pool_bytes=POOL_CHUNKS * SLOT) as cache:
+        cache.quotas.put(limits(4))
+        own = chunks("acme", range(4))
+        put(cache, *own)
+        settle(cache)
+        file = next((tmp_path / "b").rglob("*.kv"))
+        for each in (tmp_path / "b").rglob("*.kv"):
+            each.unlink()
+            each.mkdir()  # nobody, root included, can delete it as a file
+        with pytest.raises(TierUnavailable):
+            cache.quotas.put(limits(1))
+        assert cache.quotas.configs() == [limits(4)]
+        assert [row.limit_bytes for row in cache.quotas.report()] == [4 * SLOT, 4 * frame, 4 * frame]
+        assert held(cache, *own) == [True] * 4, "L1 has not begun"
+        assert put(cache, *chunks("acme", range(4, 6))) == 2
+        settle(cache)
+        assert disks[0].usage(salt_id("acme")).used_bytes == 3 * frame, "one was left, and two were added"
+        assert file.is_dir()
+        cache.quotas.remove("acme")
+        assert cache.quotas.configs() == []
 
 
 def test_a_first_limit_gives_the_lock_away_while_it_orders_what_is_held() -> None:

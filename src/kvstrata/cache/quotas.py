@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import msgspec
 from kvstrata.cache import l1 as l1_module
 from kvstrata.cache.io import TierIO
 from kvstrata.config import DEFAULT_QUOTA, QuotaConfig, quota_fault
-from kvstrata.errors import ConflictError, NotFoundError, OperationError
+from kvstrata.errors import ConflictError, NotFoundError, OperationError, TierError
 from kvstrata.hashing import salt_id
 from kvstrata.metrics import L1
 from kvstrata.quotas import Quota, Usage
@@ -52,6 +53,7 @@ class SaltQuotas:
         Raises:
             OperationError: one is wrong, or for a tier that keeps no quotas.
             ConflictError: two are for the same salt, or more is reserved than there is.
+            TierUnavailable: a tier could not delete what they do not allow; the old ones stay in force.
         """
         with self._lock:
             changed = dict(self._configs)
@@ -96,8 +98,21 @@ class SaltQuotas:
             raise ConflictError(f"{reserved:,} bytes would be reserved of {tier}, which has {budget:,}")
 
     def _apply(self, configs: dict[str, QuotaConfig]) -> None:
-        for name, tier in self._tiers.items():
-            tier.set_quotas(*_amounts(configs, name))
+        """Have these: in the tiers, which can fail, and then in L1, which cannot.
+
+        Raises:
+            TierUnavailable: a tier could not delete what they do not allow. All have the quotas from before again.
+        """
+        changed = []
+        try:
+            for name, tier in self._tiers.items():
+                changed.append(name)
+                tier.set_quotas(*_amounts(configs, name))
+        except TierError:
+            for name in changed:
+                with contextlib.suppress(TierError):  # its quotas are the old ones, whatever it cannot delete
+                    self._tiers[name].set_quotas(*_amounts(self._configs, name))
+            raise
         take_turns(self._l1.lock, self._l1.index.change_quotas(*_amounts(configs, L1)))
         self._configs = configs
 
