@@ -105,6 +105,21 @@ def test_heads_and_channels_do_not_spoil_each_other(spelling: str) -> None:
         assert np.array_equal(large[:, 0][..., others], plain[:, 0][..., others])
 
 
+@pytest.mark.parametrize("tokens", [100, 128])
+@pytest.mark.parametrize("spelling", ["fp8", "int8", "int4", "cachegen"])
+def test_how_many_layers_are_worked_on_at_once_changes_nothing(
+    spelling: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, what = open_codec(spelling), describe_kv(tokens, heads=2, dims=32, layers=5)
+    kv = make_kv(what)
+    together = encode(codec, kv, what)
+    decoded = decode(codec, together, what)
+    for at_once in (1, 2, 4):
+        monkeypatch.setattr("kvstrata.codecs.pages._ELEMENTS_AT_ONCE", at_once * tokens * 2 * 32)
+        assert encode(codec, kv, what) == together
+        assert np.array_equal(decode(codec, together, what), decoded)
+
+
 @pytest.mark.parametrize("spelling", ["int8", "int4"])
 def test_a_group_of_equal_numbers_is_exact(spelling: str) -> None:
     what = describe_kv(70)

@@ -35,6 +35,7 @@ from kvstrata.codecs.pages import (
     Array,
     keys_and_values,
     kv_shape,
+    layers_at_once,
     store_float32,
     to_float32,
     unpack,
@@ -222,18 +223,22 @@ class CacheGenCodec(Codec):
 def _fill(into: memoryview, what: PayloadDescription, exact: Array, restorer: Restorer) -> None:
     """Bring everything to its place. Behind the last token all is zero."""
     layers, _, tokens, heads, dims = kv_shape(what)
-    num_exact = exact.shape[2]
-    rows = heads * dims
-    numbers = np.empty((rows, tokens - num_exact), np.float32)
+    num_exact, rows = exact.shape[2], heads * dims
+    at_once = layers_at_once(layers, 2 * rows * tokens)
+    numbers = np.empty((at_once * 2 * rows, tokens - num_exact), np.float32)
     room = what.layout.num_blocks(tokens) * what.layout.block_size
-    elements = np.zeros((room, rows), ELEMENTS[what.dtype])
+    elements = np.zeros((at_once, 2, room, rows), ELEMENTS[what.dtype])
     targets = keys_and_values(into, what)
-    for part, (layer, kind) in enumerate(np.ndindex(layers, 2)):
-        restorer.restore(slice(part * rows, (part + 1) * rows), numbers)
-        store_float32(numbers, what.dtype, elements[num_exact:tokens].T)
-        elements[:num_exact] = exact[layer, kind].reshape(num_exact, rows)
-        target = targets[kind][layer]
-        target[...] = elements.reshape(target.shape)
+    for first in range(0, layers, at_once):
+        these = slice(first, min(first + at_once, layers))
+        found = elements[: these.stop - first]
+        numbers = numbers[: 2 * rows * len(found)]
+        restorer.restore(slice(2 * rows * first, 2 * rows * these.stop), numbers)
+        by_row = numbers.reshape(len(found), 2, rows, -1)
+        store_float32(by_row, what.dtype, found[:, :, num_exact:tokens].transpose(0, 1, 3, 2))
+        found[:, :, :num_exact] = exact[these].reshape(len(found), 2, num_exact, rows)
+        for kind, target in enumerate(targets):
+            target[these] = found[:, kind].reshape(target[these].shape)
 
 
 def _steps(numbers: Numbers, share: float) -> Numbers:
@@ -264,7 +269,7 @@ def _symbols(
 
 
 class Restorer(msgspec.Struct, frozen=True):
-    """Numbers of one layer's keys or values from symbols. In parts of that size they stay in a cache."""
+    """Numbers of some layers' keys and values from symbols."""
 
     rows: Rows
     symbols: NDArray[np.uint8]

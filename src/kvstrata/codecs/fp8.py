@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvstrata.codecs.base import check_parameters, corrupt
 from kvstrata.codecs.pages import MAX_NUMBER, Array, from_float32
-from kvstrata.codecs.quantising import Bytes, Numbers, QuantisingCodec, Restore, Scheme, Shape
+from kvstrata.codecs.quantising import Bytes, Numbers, Part, QuantisingCodec, Restore, Scheme, Shape
 
 _MAX_EXPONENT = 120
 """Of scales: beyond it they leave the range of float32."""
@@ -69,40 +69,45 @@ class FP8Codec(QuantisingCodec):
 class _FP8(Scheme):
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        self._scales = shape.num_parts * shape.heads
-        self.encoded_bytes = self._scales + shape.num_parts * shape.elements
+        self._scales = 2 * shape.layers * shape.heads
+        self.encoded_bytes = self._scales + 2 * shape.layers * shape.elements
 
     def _exponents(self, encoded: Bytes) -> NDArray[np.int8]:
-        """Views: parts x heads."""
-        return encoded[: self._scales].view(np.int8).reshape(self._shape.num_parts, self._shape.heads)
+        """Views: layers x keys and values x heads."""
+        return encoded[: self._scales].view(np.int8).reshape(self._shape.layers, 2, self._shape.heads)
 
     def _codes(self, encoded: Bytes) -> Bytes:
-        """Views: parts x heads x tokens x dims."""
+        """Views: layers x keys and values x heads x tokens x dims."""
         shape = self._shape
-        return encoded[self._scales :].reshape(shape.num_parts, shape.heads, shape.tokens, shape.dims)
+        return encoded[self._scales :].reshape(shape.layers, 2, shape.heads, shape.tokens, shape.dims)
 
-    def quantise(self, index: int, part: Numbers, encoded: Bytes) -> None:
-        mantissas, exponents = np.frexp(np.abs(part).max(axis=(0, 2)))
+    def quantise(self, part: Part, numbers: Numbers, encoded: Bytes) -> None:
+        mantissas, exponents = np.frexp(np.abs(numbers).max(axis=1).max(axis=-1))
         # 448 is 7/8 * 2^9.
         exponents = (exponents - 9 + (mantissas > 7 / 8)).clip(-_MAX_EXPONENT, _MAX_EXPONENT)
-        self._exponents(encoded)[index] = exponents
-        part *= np.ldexp(np.float32(1), -exponents)[:, None]
-        self._codes(encoded)[index] = _nearest(part).transpose(1, 0, 2)
+        self._exponents(encoded)[part.layers, part.kind] = exponents
+        numbers *= np.ldexp(np.float32(1), -exponents)[:, None, :, None]
+        self._codes(encoded)[part.layers, part.kind] = _nearest(numbers).transpose(0, 2, 1, 3)
 
     def restorer(self, encoded: Bytes) -> Restore:
-        exponents, codes = self._exponents(encoded).astype(np.int32), self._codes(encoded)
+        shape = self._shape
+        exponents, all_codes = self._exponents(encoded).astype(np.int32), self._codes(encoded)
         if (np.abs(exponents) > _MAX_EXPONENT).any():
             raise corrupt(FP8Codec.name, "a scale that no head has")
-        # A table per part and head: faster than to scale after the look-up, and right for every type.
+        # A table per head: faster than to scale after the look-up, and right for every type.
         with np.errstate(over="ignore"):
-            values = np.ldexp(VALUES, exponents[:, :, None])
-        limit = MAX_NUMBER[self._shape.dtype]
-        tables = from_float32(values.clip(-limit, limit), self._shape.dtype)
+            values = np.ldexp(VALUES, exponents[..., None])
+        limit = MAX_NUMBER[shape.dtype]
+        all_tables = from_float32(values.clip(-limit, limit), shape.dtype)
+        room = np.empty((shape.heads, shape.tokens, shape.dims), all_tables.dtype)
 
-        def restore(index: int, into: Array) -> None:
-            for head in range(self._shape.heads):
-                # Codes are bytes: nothing is to be clipped, but the other modes take longer.
-                np.take(tables[index, head], codes[index, head], out=into[:, head], mode="clip")
+        def restore(part: Part, into: Array) -> None:
+            codes, tables = all_codes[part.layers, part.kind], all_tables[part.layers, part.kind]
+            for layer, target in enumerate(into):
+                for head in range(shape.heads):
+                    # Codes are bytes: nothing is to be clipped, but the other modes take longer.
+                    np.take(tables[layer, head], codes[layer, head], out=room[head], mode="clip")
+                target[...] = room.transpose(1, 0, 2).reshape(target.shape)
 
         return restore
 

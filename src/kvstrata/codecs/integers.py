@@ -20,8 +20,14 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from kvstrata.codecs.base import CodecOptions, corrupt
-from kvstrata.codecs.pages import MAX_NUMBER, Array, from_float32, store_float32, to_float32
-from kvstrata.codecs.quantising import Bytes, Numbers, QuantisingCodec, Restore, Scheme, Shape
+from kvstrata.codecs.pages import (
+    MAX_NUMBER,
+    Array,
+    from_float32,
+    store_float32,
+    to_float32,
+)
+from kvstrata.codecs.quantising import Bytes, Numbers, Part, QuantisingCodec, Restore, Scheme, Shape
 from kvstrata.errors import FrameError
 from kvstrata.types import MissReason
 
@@ -89,9 +95,9 @@ def _divisor(number: int, limit: int) -> int:
 
 
 class _Integers(Scheme):
-    """A part is worked on as one or two blocks of rows x a group x columns, contiguous in tokens x heads x dims.
-    Groups of keys lie across the tokens, the columns being all heads and dims, and those of the last tokens are
-    shorter; for values there is one column."""
+    """Keys or values of a layer are worked on as one or two blocks of rows x a group x columns, contiguous in
+    tokens x heads x dims. Groups of keys lie across the tokens, the columns being all heads and dims, and those of
+    the last tokens are shorter; for values there is one column."""
 
     def __init__(self, shape: Shape, name: str, bits: int, group: int) -> None:
         self._shape, self._name, self._bits = shape, name, bits
@@ -102,51 +108,53 @@ class _Integers(Scheme):
         self._blocks = [block for block in of_keys if math.prod(block)], of_values
         self._groups = [sum(rows * columns for rows, _, columns in blocks) for blocks in self._blocks]
         self._groups_bytes = shape.layers * 4 * sum(self._groups)
-        self._part_bytes = -(-shape.elements * bits // 8)
-        self.encoded_bytes = self._groups_bytes + shape.num_parts * self._part_bytes
+        self._codes_bytes = -(-shape.elements * bits // 8)
+        self.encoded_bytes = self._groups_bytes + 2 * shape.layers * self._codes_bytes
 
-    def _groups_of(self, encoded: Bytes, index: int) -> NDArray[np.uint16]:
-        """A view of the steps and middles of a part: 2 x groups, the bits of bfloat16."""
-        layer, kind = divmod(index, 2)
-        start = layer * sum(self._groups) + kind * self._groups[0]
-        return encoded[4 * start : 4 * (start + self._groups[kind])].view("<u2").reshape(2, -1)
+    def _groups_of(self, encoded: Bytes, part: Part) -> NDArray[np.uint16]:
+        """A view of a part's steps and middles: layers x 2 x groups, the bits of bfloat16."""
+        of_layers = encoded[: self._groups_bytes].view("<u2").reshape(self._shape.layers, -1)[part.layers]
+        keys = 2 * self._groups[0]
+        of_kind = of_layers[:, keys:] if part.kind else of_layers[:, :keys]
+        return of_kind.reshape(len(of_layers), 2, -1)
 
-    def _codes_of(self, encoded: Bytes, index: int) -> Bytes:
-        start = self._groups_bytes + index * self._part_bytes
-        return encoded[start : start + self._part_bytes]
+    def _codes_of(self, encoded: Bytes, part: Part) -> Bytes:
+        """A view of a part's codes: layers x bytes."""
+        return encoded[self._groups_bytes :].reshape(self._shape.layers, 2, -1)[part.layers, part.kind]
 
-    def _in_blocks(self, index: int, numbers: Array, groups: Array) -> Iterator[tuple[Array, Array]]:
-        """Views of a part's elements in blocks, each with what its groups have: rows x 1 x columns."""
+    def _in_blocks(self, kind: int, numbers: Array, groups: Array) -> Iterator[tuple[Array, Array]]:
+        """Views of a part's elements (layers x elements) in blocks, layers x rows x a group x columns, each with
+        what its groups have (2 x layers x groups): 2 x layers x rows x 1 x columns."""
         at = group_at = 0
-        for rows, size, columns in self._blocks[index % 2]:
+        layers = len(numbers)
+        for rows, size, columns in self._blocks[kind]:
             end, group_end = at + rows * size * columns, group_at + rows * columns
             yield (
-                numbers[at:end].reshape(rows, size, columns),
-                groups[..., group_at:group_end].reshape(*groups.shape[:-1], rows, 1, columns),
+                numbers[:, at:end].reshape(layers, rows, size, columns),
+                groups[:, :, group_at:group_end].reshape(2, layers, rows, 1, columns),
             )
             at, group_at = end, group_end
 
-    def quantise(self, index: int, part: Numbers, encoded: Bytes) -> None:
+    def quantise(self, part: Part, numbers: Numbers, encoded: Bytes) -> None:
         top = (1 << self._bits) - 1
-        flat = np.ascontiguousarray(part).ravel()
-        groups = np.empty((2, self._groups[index % 2]), np.float32)
-        for numbers, (steps, middles) in self._in_blocks(index, flat, groups):
-            low, high = numbers.min(axis=1, keepdims=True), numbers.max(axis=1, keepdims=True)
+        flat = numbers.reshape(len(numbers), -1)
+        groups = np.empty((2, len(flat), self._groups[part.kind]), np.float32)
+        for block, (steps, middles) in self._in_blocks(part.kind, flat, groups):
+            low, high = block.min(axis=2, keepdims=True), block.max(axis=2, keepdims=True)
             middles[...] = _rounded(low / 2 + high / 2)
             steps[...] = _rounded(np.maximum(high - middles, middles - low) / np.float32(top / 2))
             steps[steps < _MIN_STEP] = 0
-            np.subtract(numbers, middles, out=numbers)
+            np.subtract(block, middles, out=block)
             per_step = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
-            np.multiply(numbers, per_step, out=numbers)
-            np.add(numbers, np.float32(top / 2), out=numbers)
-        codes = np.rint(flat.clip(0, top), out=flat).astype(np.uint8)
-        self._groups_of(encoded, index)[...] = from_float32(groups, "bfloat16")
-        into = self._codes_of(encoded, index)
-        if self._bits == 8:
-            into[...] = codes
-        else:
-            into[...] = codes[: len(into)]
-            into[: len(codes) - len(into)] |= codes[len(into) :] << 4
+            np.multiply(block, per_step, out=block)
+            np.add(block, np.float32(top / 2), out=block)
+        codes = np.rint(flat.clip(0, top, out=flat), out=flat).astype(np.uint8)
+        self._groups_of(encoded, part)[...] = from_float32(groups, "bfloat16").transpose(1, 0, 2)
+        into = self._codes_of(encoded, part)
+        half = into.shape[1]
+        into[...] = codes[:, :half]
+        if self._bits == 4:
+            into[:, : codes.shape[1] - half] |= codes[:, half:] << 4
 
     def restorer(self, encoded: Bytes) -> Restore:
         shape, top = self._shape, (1 << self._bits) - 1
@@ -154,31 +162,33 @@ class _Integers(Scheme):
         if not np.isfinite(all_groups).all():
             raise corrupt(self._name, "a step or a middle that no group has")
         limit = MAX_NUMBER["float16"]
-        codes = np.empty(shape.elements, np.uint8)
-        flat = np.empty(shape.elements, np.float32)
+        room = np.empty((shape.layers_at_once, shape.elements), np.float32)
 
-        def restore(index: int, into: Array) -> None:
-            self._unpack(encoded, index, codes)
-            np.copyto(flat, codes)
-            steps, middles = groups = to_float32(self._groups_of(encoded, index), "bfloat16")
+        def restore(part: Part, into: Array) -> None:
+            codes = self._codes_of(encoded, part)
+            flat = room[: len(codes)]
+            self._unpack(codes, flat)
+            stored = self._groups_of(encoded, part).transpose(1, 0, 2)
+            steps, middles = groups = to_float32(stored, "bfloat16")
             with np.errstate(over="ignore", invalid="ignore"):
                 middles -= steps * np.float32(top / 2)
-                for numbers, (step, lowest) in self._in_blocks(index, flat, groups):
-                    np.multiply(numbers, step, out=numbers)
-                    np.add(numbers, lowest, out=numbers)
+                for block, (step, lowest) in self._in_blocks(part.kind, flat, groups):
+                    np.multiply(block, step, out=block)
+                    np.add(block, lowest, out=block)
             if shape.dtype == "float16":  # numbers of other types are far from their limits
                 np.clip(flat, -limit, limit, out=flat)
             store_float32(flat.reshape(into.shape), shape.dtype, into)
 
         return restore
 
-    def _unpack(self, encoded: Bytes, index: int, codes: Bytes) -> None:
-        packed = self._codes_of(encoded, index)
+    def _unpack(self, packed: Bytes, into: Numbers) -> None:
+        """The codes (layers x bytes) as numbers, layers x elements."""
+        half = packed.shape[1]
         if self._bits == 8:
-            codes[...] = packed
+            into[...] = packed
         else:
-            np.bitwise_and(packed, 15, out=codes[: len(packed)])
-            np.right_shift(packed[: len(codes) - len(packed)], 4, out=codes[len(packed) :])
+            into[:, :half] = packed & 15
+            into[:, half:] = packed[:, : into.shape[1] - half] >> 4
 
 
 def _rounded(numbers: Numbers) -> Numbers:

@@ -34,6 +34,7 @@ MAX_NUMBER = {
 """The largest number of each type."""
 
 _MAX_ELEMENTS = 1 << 24
+_ELEMENTS_AT_ONCE = 1 << 19
 
 
 def why_opaque(layout: KVLayout) -> str:
@@ -199,3 +200,13 @@ def store_float32(numbers: NDArray[np.float32], dtype: str, into: Array) -> None
         into[...] = numbers.view("<u2").reshape(*numbers.shape, 2)[..., 1]
     else:
         np.copyto(into, numbers, casting="same_kind")
+
+
+def layers_at_once(layers: int, elements: int) -> int:
+    """How many layers to work on in one step of NumPy, when that has so many elements of each.
+
+    With few elements threads that decode wait for each other between the steps, for Python's lock: ``int4`` decoded
+    0.64 GB/s on two threads in steps of 2^16 elements, as on one, and 1.4 in steps of 2^19. As float32 these still
+    fit the cache of a core.
+    """
+    return min(layers, max(1, _ELEMENTS_AT_ONCE // max(1, elements)))

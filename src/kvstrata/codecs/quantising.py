@@ -1,4 +1,4 @@
-"""What ``fp8``, ``int8``, ``int4`` share: a payload is taken apart into parts, the keys or the values of a layer.
+"""What ``fp8``, ``int8``, ``int4`` share: a payload is taken apart into parts, keys or values of some layers.
 
 Encoded are the payload's tokens; what lies behind the last one is left out, and is zero in what is decoded. A
 payload that would be no smaller, one that cannot be taken apart, and one with a number that is not finite or beyond
@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.codecs.base import Codec, PayloadDescription, Stage, corrupt
-from kvstrata.codecs.pages import ELEMENTS, Array, keys_and_values, kv_shape, to_float32, why_opaque
+from kvstrata.codecs.pages import (
+    Array,
+    keys_and_values,
+    kv_shape,
+    layers_at_once,
+    to_float32,
+    why_opaque,
+)
 from kvstrata.errors import FrameError, LayoutError
 from kvstrata.types import KVLayout, MissReason
 
@@ -28,7 +35,7 @@ Numbers = NDArray[np.float32]
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """What is to be encoded of a payload. Parts are numbered by layer, keys before values."""
+    """What is to be encoded of a payload."""
 
     layers: int
     tokens: int
@@ -38,17 +45,31 @@ class Shape(msgspec.Struct, frozen=True):
     dtype: str
 
     @property
-    def num_parts(self) -> int:
-        return 2 * self.layers
-
-    @property
     def elements(self) -> int:
-        """Of one part."""
+        """Of the keys or the values of a layer."""
         return self.tokens * self.heads * self.dims
 
+    @property
+    def layers_at_once(self) -> int:
+        """Of a part, at most."""
+        return layers_at_once(self.layers, self.elements)
 
-Restore = Callable[[int, Array], None]
-"""Decodes a part (its number) into tokens x heads x dims elements, which lie tokens by heads."""
+    def parts(self) -> Iterator[Part]:
+        """All of it; keys and values of the same layers together, as they lie in the same pages."""
+        for first in range(0, self.layers, self.layers_at_once):
+            for kind in (0, 1):
+                yield Part(kind, slice(first, min(first + self.layers_at_once, self.layers)))
+
+
+class Part(NamedTuple):
+    """Keys (0) or values (1) of some layers."""
+
+    kind: int
+    layers: slice
+
+
+Restore = Callable[[Part, Array], None]
+"""Decodes a part into a view of any strides: layers x tokens x heads x dims, or these in more dimensions."""
 
 
 class Scheme(ABC):
@@ -57,8 +78,9 @@ class Scheme(ABC):
     encoded_bytes: int
 
     @abstractmethod
-    def quantise(self, index: int, part: Numbers, encoded: Bytes) -> None:
-        """Encode a part (its number; tokens x heads x dims, finite; may be changed) into its places of all."""
+    def quantise(self, part: Part, numbers: Numbers, encoded: Bytes) -> None:
+        """Encode a part into its places of all. ``numbers`` are layers x tokens x heads x dims, contiguous and
+        finite, and may be changed."""
 
     @abstractmethod
     def restorer(self, encoded: Bytes) -> Restore:
@@ -116,10 +138,15 @@ class QuantisingCodec(Codec):
         if len(encoded) != scheme.encoded_bytes:
             raise corrupt(self.name, f"{len(encoded)} bytes for a payload of {what.payload_bytes}")
         restore = scheme.restorer(np.frombuffer(encoded, np.uint8))
-        room = _room(what, shape)
-        for index, view in _parts(into, what):
-            restore(index, room[: shape.tokens])
-            view[...] = room.reshape(view.shape)
+        both, room_tokens = keys_and_values(into, what), _room_tokens(what)
+        for part in shape.parts():
+            view = both[part.kind][part.layers]
+            if room_tokens == shape.tokens:
+                restore(part, view)
+            else:
+                room = np.zeros((len(view), room_tokens, shape.heads, shape.dims), view.dtype)
+                restore(part, room[:, : shape.tokens])
+                view[...] = room.reshape(view.shape)
 
 
 def _shape(what: PayloadDescription) -> Shape:
@@ -127,17 +154,9 @@ def _shape(what: PayloadDescription) -> Shape:
     return Shape(layers, tokens, heads, dims, what.dtype)
 
 
-def _room(what: PayloadDescription, shape: Shape) -> Array:
-    """For a part with what fills its last block: tokens x heads x dims, which lie tokens by heads."""
-    tokens = what.layout.num_blocks(what.num_tokens) * what.layout.block_size
-    return np.zeros((shape.heads, tokens, shape.dims), ELEMENTS[what.dtype]).transpose(1, 0, 2)
-
-
-def _parts(payload: memoryview, what: PayloadDescription) -> Iterator[tuple[int, Array]]:
-    """Numbers and views of all parts."""
-    both = keys_and_values(payload, what)
-    for index in range(2 * len(what.layout.page_bytes)):
-        yield index, both[index % 2][index // 2]
+def _room_tokens(what: PayloadDescription) -> int:
+    """Tokens that the payload's blocks have room for."""
+    return what.layout.num_blocks(what.num_tokens) * what.layout.block_size
 
 
 def _quantise(
@@ -145,11 +164,12 @@ def _quantise(
 ) -> bool:
     """False when there are numbers that are too large, or none."""
     encoded = np.frombuffer(into, np.uint8)[: scheme.encoded_bytes]
-    room = _room(what, shape)
-    for index, view in _parts(payload, what):
-        room.reshape(view.shape)[...] = view
-        part = to_float32(room[: shape.tokens], what.dtype)
-        if not np.abs(part).max() <= _LARGEST:  # nor is NaN
+    both = keys_and_values(payload, what)
+    for part in shape.parts():
+        view = both[part.kind][part.layers]
+        room = to_float32(np.ascontiguousarray(view), what.dtype)
+        numbers = room.reshape(len(view), -1, shape.heads, shape.dims)[:, : shape.tokens]
+        if not (numbers.max() <= _LARGEST and numbers.min() >= -_LARGEST):  # nor is NaN
             return False
-        scheme.quantise(index, part, encoded)
+        scheme.quantise(part, np.ascontiguousarray(numbers), encoded)
     return True
