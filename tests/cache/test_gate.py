@@ -52,6 +52,26 @@ def test_what_is_not_clearly_faster_to_read_than_to_compute_is_computed(
     assert decision.prefill_seconds == decision.patience_seconds == pytest.approx(num_tokens / 1e3)
 
 
+@pytest.mark.parametrize(("estimated", "patience"), [(0.001, 0.25), (0.125, 0.25), (0.2, 0.4), (0.7, 1.0)])
+def test_a_load_is_given_up_after_twice_its_estimate_or_a_quarter_of_computing(
+    estimated: float, patience: float
+) -> None:
+    gate = measured(read_bytes_per_second=1_000_000, prefill_tokens_per_second=1000)
+    num_bytes = int(estimated * 1e6)
+    assert gate.decide(NS, "disk", 1000, num_bytes, 1.0).patience_seconds == pytest.approx(patience)
+    assert gate.patience_seconds(NS, 1000) == 1.0
+
+
+def test_an_estimate_of_when_a_load_ends_includes_those_before_it() -> None:
+    gate = measured(read_bytes_per_second=1_000_000, prefill_tokens_per_second=1000)
+    for number in range(1, 4):
+        decision = gate.decide(NS, "disk", 1000, 150_000, 1.0)
+        assert decision.load_seconds == pytest.approx(0.15)
+        assert decision.patience_seconds == pytest.approx(2 * 0.15 * number)
+        gate.begun(decision, 1.0)
+    assert gate.decide(NS, "disk", 1000, 150_000, 1.5).patience_seconds == pytest.approx(0.3)
+
+
 def test_each_tier_and_namespace_counts_for_itself() -> None:
     gate = measured(read_bytes_per_second=10, prefill_tokens_per_second=1000)
     gate.read("redis", 10_000, 1.0, 0.0)
@@ -67,13 +87,11 @@ def test_a_tier_that_was_not_measured_is_tried_by_one_load_at_a_time() -> None:
     decision = gate.decide(NS, "disk", 1000, 1 << 40, 1.0)
     assert decision.verdict == Verdict.TRIAL
     assert decision.patience_seconds == TRIAL_SHARE * 1.0
-    assert gate.patience_seconds(NS, 1000) == 1.0
-    gate.trying("disk", 1.0)
+    gate.begun(decision, 1.0)
     assert verdict(gate, 1000, 1 << 40) == Verdict.RECOMPUTE
-    assert gate.patience_seconds(NS, 1000) == TRIAL_SHARE * 1.0
     gate.read("disk", 0, 1.0, 2.0)  # it brought nothing: the next one may try
     assert verdict(gate, 1000, 1 << 40) == Verdict.TRIAL
-    gate.trying("disk", 3.0)
+    gate.begun(decision, 3.0)
     gate.read("disk", 1 << 40, 0.5, 4.0)
     assert verdict(gate, 1000, 1 << 40, 4.0) == Verdict.LOAD
 
@@ -96,8 +114,9 @@ def test_what_was_written_says_how_fast_a_tier_is_until_it_was_read_from() -> No
 def test_a_refusal_is_tried_again_after_a_while() -> None:
     gate = measured(read_bytes_per_second=10, prefill_tokens_per_second=1000)
     assert verdict(gate, 10, 1000, RETRY_SECONDS - 1) == Verdict.RECOMPUTE
-    assert verdict(gate, 10, 1000, RETRY_SECONDS + 1) == Verdict.TRIAL
-    gate.trying("disk", RETRY_SECONDS + 1)
+    decision = gate.decide(NS, "disk", 10, 1000, RETRY_SECONDS + 1)
+    assert decision.verdict == Verdict.TRIAL
+    gate.begun(decision, RETRY_SECONDS + 1)
     assert verdict(gate, 10, 1000, RETRY_SECONDS + 2) == Verdict.RECOMPUTE
     gate.read("disk", 10, 1.0, RETRY_SECONDS + 3)
     assert verdict(gate, 10, 1000, RETRY_SECONDS + 4) == Verdict.RECOMPUTE

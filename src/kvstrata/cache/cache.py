@@ -144,11 +144,13 @@ class Cache:
         """The answer as of now, and what to do besides: ask the tiers, or write to them what is used."""
         if lookup.hit is not None:
             return lookup.hit, []
-        expired = now >= lookup.deadline
-        reached = walk(self.index, lookup.namespace, lookup.prefix, lookup.first_token, wait=not expired)
+        reached = self._walk(lookup, wait=now < lookup.deadline)
+        if self._prefetch.is_given_up(reached.loading, now):
+            lookup.be_patient(0.0, now)
+            reached = self._walk(lookup, wait=False)
         if reached.complete:
             return self._finish(lookup, reached)
-        if expired:
+        if now >= lookup.deadline:
             return self._expire(lookup, reached)
         if not lookup.probed and not reached.loading and self._prefetch.is_possible:
             jobs = self._prefetch.begin(lookup, reached)
@@ -161,6 +163,9 @@ class Cache:
                 self._prefetch.joined(lookup, reached.loading)
             return PENDING, []
         return self._finish(lookup, reached)
+
+    def _walk(self, lookup: Lookup, *, wait: bool) -> Walk:
+        return walk(self.index, lookup.namespace, lookup.prefix, lookup.first_token, wait=wait)
 
     def _expire(self, lookup: Lookup, reached: Walk) -> tuple[Hit, list[Job]]:
         """The deadline has passed: the answer is what has arrived."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from kvstrata.cache.gate import Decision
+from kvstrata.cache.gate import Decision, Verdict
 from kvstrata.cache.index import Entry, State
 from kvstrata.cache.lookups import Lookup
 from kvstrata.cache.walk import position_candidates
@@ -173,8 +173,10 @@ def _detail(lookup: Lookup, reason: MissReason | None, tier_names: Sequence[str]
             return f"down, or it failed: {', '.join(silent) or 'a tier, while it was read'}"
         case MissReason.DEADLINE:
             return f"at the look-up's deadline had not answered or delivered: {', '.join(silent) or 'a load'}"
-        case MissReason.GATED:
+        case MissReason.GATED if any(d.verdict is Verdict.RECOMPUTE for d in lookup.decisions):
             return "loading it is slower than computing it (see the decisions)"
+        case MissReason.GATED:
+            return "loading it took much longer than estimated, and was given up"
         case MissReason.NO_SPACE:
             return "l1 had no room to load it: all of it is in use"
         case _:

@@ -4,7 +4,10 @@ Estimates come from what was seen. Of a tier: the latency of its look-ups, and s
 (queueing and decoding included), or of its writes until it was read from. Of an engine: seconds per token of its
 prefill; without it everything is loaded. Where nothing is known of the tier, or what is known says "recompute" and
 is old, one load at a time is **tried**: its request waits for it no longer than :data:`TRIAL_SHARE` of the time
-that computing takes, and the load goes on to be measured. No request waits for a load longer than computing takes.
+that computing takes, and the load goes on to be measured.
+
+A load that takes much longer than estimated is **given up**: no request waits for it any more, and it goes on to be
+measured. None waits for a load longer than computing takes (docs/adr/0017).
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ TRIAL_SHARE = 0.05
 WORTHWHILE_SHARE = 0.8
 """Of the time that computing takes: what is estimated to load in less is loaded. A load that is hardly faster gains
 little, and one that turns out slower costs its request up to twice the time."""
+LATE = 2.0
+"""A load that took so many times its estimate is given up. One that shares its link with another one is not."""
+HICCUP_SHARE = 0.25
+"""Of the time that computing takes: a load that takes less is never given up, however small its estimate. A pause
+of the backend or a lost packet costs less than computing; a link that has become slow costs one request no more."""
 _SLOWER = 1.1
 """A read that took so many times its estimate is what the tier is like now."""
 _KEPT = 0.7
@@ -84,7 +92,7 @@ class Rate:
 
 
 class _TierRates:
-    __slots__ = ("latency", "measured_at", "reads", "tried_at", "writes")
+    __slots__ = ("free_at", "latency", "measured_at", "reads", "tried_at", "writes")
 
     def __init__(self) -> None:
         self.latency = Rate()
@@ -93,6 +101,8 @@ class _TierRates:
         self.measured_at = 0.0
         self.tried_at: float | None = None
         """Since when a trial is under way."""
+        self.free_at = 0.0
+        """When the loads that were begun have ended, if they take what was estimated."""
 
     def add(self, rate: Rate, num_bytes: int, seconds: float, now: float) -> None:
         """Take a read or a write in: what exceeds the latency is the transfer's."""
@@ -145,9 +155,13 @@ class Gate:
         if rates.reads.value is None:
             rates.add(rates.writes, num_bytes, seconds, now)
 
-    def trying(self, tier: str, now: float) -> None:
-        """A load begins that was let through to be measured."""
-        self._rates(tier).tried_at = now
+    def begun(self, decision: Decision, now: float) -> None:
+        """A load begins that was let through."""
+        rates = self._rates(decision.tier)
+        if decision.verdict is Verdict.TRIAL:
+            rates.tried_at = now
+        elif decision.load_seconds is not None:
+            rates.free_at = max(rates.free_at, now) + decision.load_seconds
 
     # What follows
 
@@ -174,16 +188,13 @@ class Gate:
             verdict = Verdict.TRIAL if is_open and not is_tried else Verdict.RECOMPUTE
         patience = None
         if self.mode == "auto" and prefill is not None:
-            patience = prefill * (TRIAL_SHARE if verdict is Verdict.TRIAL else 1.0)
+            behind = max(0.0, rates.free_at - now)
+            patience = _patience_seconds(verdict, None if load is None else behind + load, prefill)
         return Decision(tier, verdict, num_tokens, num_bytes, load, prefill, patience)
 
     def patience_seconds(self, namespace: bytes, num_tokens: int) -> float | None:
-        """How long a request of so many tokens may wait for what another one loads; None: no bound."""
-        prefill = self.prefill_seconds(namespace, num_tokens)
-        if self.mode != "auto" or prefill is None:
-            return None
-        is_tried = any(rates.tried_at is not None for rates in self._tiers.values())
-        return prefill * (TRIAL_SHARE if is_tried else 1.0)
+        """How long a request of so many tokens may wait for loads, whoever began them; None: no bound."""
+        return self.prefill_seconds(namespace, num_tokens) if self.mode == "auto" else None
 
     def order(self, tiers: Sequence[str], num_bytes: int) -> list[int]:
         """The tiers by how fast each would deliver ``num_bytes``.
@@ -217,3 +228,12 @@ class Gate:
         if prefill:
             rates["prefill_tokens_per_second"] = 1 / min(prefill)
         return rates
+
+
+def _patience_seconds(verdict: Verdict, load_seconds: float | None, prefill_seconds: float) -> float:
+    """When a load is given up that is estimated to take so long, those before it included."""
+    if verdict is Verdict.TRIAL:
+        return TRIAL_SHARE * prefill_seconds
+    if load_seconds is None:
+        return prefill_seconds
+    return min(prefill_seconds, max(LATE * load_seconds, HICCUP_SHARE * prefill_seconds))

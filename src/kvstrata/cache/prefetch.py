@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,6 +47,9 @@ class Prefetch:
         self._metrics = metrics
         self._read_fastest = read_fastest
         self._clock = clock
+        self._given_up_at: dict[Entry, float] = {}
+        """Until when a read under way is worth waiting for. Not by key: an entry that was dropped may have a
+        successor that is read too."""
         self._spans: dict[bytes, Span] = {}
         """While tracing is on: the spans of the reads under way, by the entry's key."""
 
@@ -55,12 +59,20 @@ class Prefetch:
         return bool(self._tiers) and self._gate.mode != "never"
 
     def joined(self, lookup: Lookup, loading: Sequence[Entry]) -> None:
-        """``lookup`` waits for what another one loads: not longer than computing it all would take."""
+        """``lookup`` waits for what another one loads."""
         if lookup.span is not None:
             lookup.span.waits_for(span for entry in loading if (span := self._spans.get(entry.key)))
+        self._bound(lookup, lookup.started_at)
+
+    def is_given_up(self, loading: Sequence[Entry], now: float) -> bool:
+        """Whether one of these reads takes so long that nobody waits for it any more."""
+        return self._gate.mode == "auto" and any(now >= self._given_up_at.get(e, math.inf) for e in loading)
+
+    def _bound(self, lookup: Lookup, since: float) -> None:
+        """Let ``lookup`` wait for loads, whoever began them, not longer than computing it all would take."""
         seconds = self._gate.patience_seconds(lookup.namespace.fingerprint, lookup.prefix.num_tokens)
         if seconds is not None:
-            lookup.be_patient(seconds, lookup.started_at)
+            lookup.be_patient(seconds, since)
 
     def begin(self, lookup: Lookup, reached: Walk) -> list[Job]:
         """Ask all tiers at once what they hold beyond ``reached``; nothing to do when none can be asked."""
@@ -121,18 +133,23 @@ class Prefetch:
             return []
         lookup.waiting_for.clear()
         lookup.is_planned = True
-        plan, decisions = worth_loading(pieces, lookup, self._gate, self._names, self._clock())
+        now = self._clock()
+        plan, decisions = worth_loading(pieces, lookup, self._gate, self._names, now)
         self._decided(lookup, decisions)
+        self._bound(lookup, now)
         reads, no_room = hold(self._l1.index, lookup, plan, self._names)
         lookup.reason = no_room or lookup.reason
+        # What is lost with a part of a plan is all that is behind it: the most patient load decides for all.
+        waits = [d.patience_seconds for d in decisions if d.verdict is not Verdict.RECOMPUTE]
+        if bounded := [seconds for seconds in waits if seconds is not None]:
+            self._given_up_at |= dict.fromkeys((read.entry for read in reads), now + max(bounded))
         jobs: list[Job] = []
         for tier in sorted({read.tier for read in reads}):
             mine = [read for read in reads if read.tier == tier]
             transfers = [self._l1.transfer(read.entry, read.piece.tokens_hash) for read in mine]
             entries = {t.key: read.entry for t, read in zip(transfers, mine, strict=True)}
             decision = next(d for d in decisions if d.tier == self._names[tier])
-            if decision.verdict is Verdict.TRIAL:
-                self._gate.trying(decision.tier, self._clock())
+            self._gate.begun(decision, now)
             span = None if lookup.span is None else lookup.span.prefetch(decision.tier, len(mine))
             if span is not None:
                 self._spans |= dict.fromkeys((read.entry.key for read in mine), span)
@@ -150,10 +167,6 @@ class Prefetch:
             if decision.verdict is Verdict.RECOMPUTE:
                 lookup.reason = MissReason.GATED
                 self._metrics.gated(decision.tier)
-        waits = [d.patience_seconds for d in decisions if d.verdict is not Verdict.RECOMPUTE]
-        bounded = [seconds for seconds in waits if seconds is not None]
-        if bounded and len(bounded) == len(waits):
-            lookup.be_patient(max(bounded), self._clock())
 
     def _loaded(
         self,
@@ -167,6 +180,7 @@ class Prefetch:
         with self._l1.lock:
             for transfer, miss in zip(transfers, outcome, strict=True):
                 entry = entries[transfer.key]
+                self._given_up_at.pop(entry, None)
                 if lookup.span is not None:
                     self._spans.pop(entry.key, None)
                 if miss is None:
