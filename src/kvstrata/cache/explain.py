@@ -176,7 +176,7 @@ def _detail(lookup: Lookup, reason: MissReason | None, tier_names: Sequence[str]
         case MissReason.GATED if any(d.verdict is Verdict.RECOMPUTE for d in lookup.decisions):
             return "loading it is slower than computing it (see the decisions)"
         case MissReason.GATED:
-            return "loading it took much longer than estimated, and was given up"
+            return "loading it took longer than it was worth waiting for, and was given up"
         case MissReason.NO_SPACE:
             return "l1 had no room to load it: all of it is in use"
         case _:
