@@ -93,10 +93,12 @@ class Writes:
         spare: bool,
         span: StoreSpan | None,
     ) -> None:
-        """Queue a write that was planned after so many clears; it may be queued later than one it preceded."""
+        """Queue a write that was planned after so many clears; it may be queued later than a clear or a deletion
+        that it preceded."""
 
         def is_wanted() -> bool:
-            return not self._clears.since(entry.namespace, num_clears)
+            is_deleted = not entry.tiers & (1 << tier)  # it was set when the write was planned
+            return not is_deleted and not self._clears.since(entry.namespace, num_clears)
 
         write = self._tiers[tier].fill if spare else self._tiers[tier].write
         if not write(transfer, partial(self._written, tier, entry, span), is_wanted):

@@ -261,18 +261,18 @@ class Entries:
         return Deleted(num_dropped, [tier.name for tier in asked], not_asked)
 
     def _drop(self, entries: Iterable[Entry], tiers: set[str]) -> int:
-        """Drop from L1 if that is meant; else note that the named tiers no longer hold them."""
+        """Drop from L1 if that is meant, and note that the named tiers no longer hold them: that also calls off the
+        writes that are planned."""
         kept_in = ~sum(1 << i for i, tier in enumerate(self._cache.tiers) if tier.name in tiers)
         num_dropped = 0
         with self._cache.guarded() as index:
             for entry in entries:
                 if index.entries.get(entry.key) is not entry:
                     continue
+                entry.tiers &= kept_in
                 if L1 in tiers:
                     index.drop(entry)
                     num_dropped += 1
-                else:
-                    entry.tiers &= kept_in
         return num_dropped
 
     def delete_scope(self, job: Job, scope: Scope, tiers: list[str]) -> None:
