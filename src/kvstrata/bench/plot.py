@@ -11,6 +11,7 @@ import msgspec
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 40, 52
 _LEGEND_WIDTH = 140
+_CHARACTER_WIDTH, _LINE_HEIGHT = 7, 14
 _COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#b9770e", "#34495e", "#d35480", "#117a8b")
 
 
@@ -68,19 +69,35 @@ def scatter(title: str, points: Sequence[Point], x: str, y: str) -> str:
     """Named points with intervals, as an SVG document."""
     across = axis_over(x, [point.x for point in points])
     up = axis_over(y, [value for point in points for value in (point.low, point.high, point.y)])
-    marks = []
+    marks, labels = [], _Labels()
     for index, point in enumerate(points):
         colour = _COLOURS[index % len(_COLOURS)]
         at, low, high = _x(across, point.x), _y(up, point.low), _y(up, point.high)
         bars = f"M{at:.1f} {low:.1f}V{high:.1f}M{at - 4:.1f} {low:.1f}h8M{at - 4:.1f} {high:.1f}h8"
-        anchor, side = ("start", 8) if at < _WIDTH * 0.8 else ("end", -8)
-        label = f'x="{at + side:.1f}" y="{_y(up, point.y) - 6:.1f}" text-anchor="{anchor}" fill="{colour}"'
         marks += [
             f'<path d="{bars}" stroke="{colour}" fill="none"/>',
             f'<circle cx="{at:.1f}" cy="{_y(up, point.y):.1f}" r="4" fill="{colour}"/>',
-            f"<text {label}>{escape(point.name)}</text>",
+            labels.beside(at, _y(up, point.y), point.name, colour),
         ]
     return _document(title, across, up, marks)
+
+
+class _Labels:
+    """Names beside points, moved up until they are clear of each other."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[float, float, float]] = []
+
+    def beside(self, x: float, y: float, name: str, colour: str) -> str:
+        width = _CHARACTER_WIDTH * len(name)
+        left, bottom = (x + 8 if x < _WIDTH * 0.8 else x - 8 - width), y - 6
+        while any(
+            left < right and start < left + width and abs(bottom - at) < _LINE_HEIGHT
+            for start, right, at in self._taken
+        ):
+            bottom -= _LINE_HEIGHT
+        self._taken.append((left, left + width, bottom))
+        return f'<text x="{left:.1f}" y="{bottom:.1f}" fill="{colour}">{escape(name)}</text>'
 
 
 def lines(title: str, series: Sequence[Line], x: str, y: str, *, line_at: float) -> str:
@@ -92,14 +109,14 @@ def lines(title: str, series: Sequence[Line], x: str, y: str, *, line_at: float)
     over = sorted({value for each in series for value in each.points})
     low, room = over[0] / 1.2, 1 - _LEGEND_WIDTH / (_WIDTH - _LEFT - _RIGHT)
     across = Axis(x, low, low * (over[-1] * 1.2 / low) ** (1 / room), tuple(over))
-    up = axis_over(y, [value for each in series for value in each.points.values()])
+    up = axis_over(y, [line_at, *(value for each in series for value in each.points.values())])
     marks = [f'<path d="M{_LEFT} {_y(up, line_at):.1f}H{_WIDTH - _RIGHT}" stroke="#888"/>']
     named = sorted(series, key=lambda each: -each.points[min(each.points)])
     for index, each in enumerate(named):
         colour, dashes = _COLOURS[index % len(_COLOURS)], index // len(_COLOURS) * 5
         places = [f"{_x(across, at):.1f} {_y(up, value):.1f}" for at, value in sorted(each.points.items())]
         stroke = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
-        left, row = _WIDTH - _RIGHT - _LEGEND_WIDTH, _TOP + 12 + 17 * index
+        left, row = _WIDTH - _RIGHT - _LEGEND_WIDTH, _TOP + 12 + _LINE_HEIGHT * index
         marks += [
             f'<path d="M{"L".join(places)}" {stroke} fill="none"/>',
             f'<path d="M{left} {row - 4}h22" {stroke}/>',
