@@ -81,7 +81,7 @@ def test_a_hole_in_l1_is_filled_from_a_tier() -> None:
     with open_core([tier], pool_bytes=POOL_BYTES) as cache:
         put(cache, asked)
         in_l1 = {piece.chunk_hash for piece in asked.pieces[::2]}
-        for entry in cache.index.of_namespace(None):
+        for entry in list(cache.index.entries.values()):
             if entry.chunk_hash in in_l1:
                 tier.delete([entry.namespace.key(entry.chunk_hash, entry.shard)])
             else:
@@ -424,7 +424,7 @@ def test_nothing_is_read_for_tokens_that_the_engine_has() -> None:
         assert hit.pieces[0].first_token == 4 * CHUNK_SIZE
         assert hit.tokens_by_tier == {"tier0": 2 * CHUNK_SIZE + 20}
         assert len(cache.index) == len(hit.pieces)
-        salts = {entry.salt_id for entry in cache.index.of_namespace(None)}
+        salts = {entry.salt_id for entry in list(cache.index.entries.values())}
         assert salts == {salt_id("tenant")}, "a deletion by salt finds them all the same"
         totals = cache.metrics.totals()
         assert totals["lookup_tokens"] == 2 * CHUNK_SIZE + 20, "the others were not asked for"

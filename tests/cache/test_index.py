@@ -150,8 +150,6 @@ def test_shards_are_apart(index: Index) -> None:
     assert second is not None
     assert (first.shard, second.shard) == (0, 1)
     assert index.get(first.chunk_hash, 1) is second
-    assert index.of_namespace(SPACE) == [first, second]
-    assert index.of_namespace(Namespace("vllm", "m", "fp", "auto", 1, "tp1", 16, LAYOUT)) == []
 
 
 def test_a_parent_that_comes_after_its_children_is_kept_for_them() -> None:

@@ -197,6 +197,8 @@ def test_clear(served: Served, api: Api, tiers: list[str] | None) -> None:
     put(served, stored)
     job = api.wait_job(api.post("/clear", {"tiers": tiers}))
     assert job["state"] == "done"
+    assert job["result"] == dict.fromkeys(tiers or ["l1", "disk"], 3)
+    assert job["num_done"] == 3 * len(tiers or ["l1", "disk"])
     held = {tier: len(keys(api, f"&tier={tier}")) for tier in ("l1", "disk")}
     assert held == {tier: 0 if tiers is None or tier in tiers else 3 for tier in ("l1", "disk")}
     if tiers == ["disk"]:  # what the disk lost is written again when it is stored again

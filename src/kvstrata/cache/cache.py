@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from kvstrata.cache.clearing import Clearing
 from kvstrata.cache.clears import Clears
 from kvstrata.cache.explain import Explanation, explain, first_missing_pieces, others_with_tokens
 from kvstrata.cache.gate import Gate
@@ -95,6 +96,7 @@ class Cache:
         )
         self._namespaces = Namespaces(tiers)
         self._lookups: dict[tuple[str, str], Lookup] = {}
+        self._clearing = Clearing(self._l1, tiers, self._clears, self._lookups)
         self._recent = Recent(isolated=isolated)
         self._popular = Popular(isolated=isolated)
         self.quotas = SaltQuotas(self._l1, tiers)
@@ -385,34 +387,32 @@ class Cache:
             self.gate.prefilled(namespace.fingerprint, num_tokens, seconds)
 
     def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
-        """Drop a namespace, or everything, from L1 now, and from the tiers in the background if they are meant."""
-        with self._lock:
-            entries = self.index.of_namespace(namespace)
-            for entry in entries:
-                self.index.drop(entry)
-            if not tiers:
-                return len(entries)
-            # Where the tier is away, one clear that waits for its return is enough, however often it is asked for.
-            chosen = [
-                i
-                for i, tier in enumerate(self.tiers)
-                if not (tier.breaker.is_open and self._clears.covers(i, namespace))
-            ]
-            self._clears.begin(namespace, chosen)
-            for lookup in self._lookups.values():
-                if namespace is None or lookup.namespace is namespace:
-                    lookup.held_by_tier.clear()
-            prefix = "" if namespace is None else namespace.key_prefix
-            jobs = [
-                partial(self.tiers[i].clear, prefix, partial(self._cleared, i, namespace)) for i in chosen
-            ]
-        for job in jobs:
-            job()
-        return len(entries)
+        """Do all of ``clearing`` at once; return how many entries it dropped from L1."""
+        num_dropped = 0
+        for count in self.clearing(namespace, tiers=tiers):
+            num_dropped += count
+            time.sleep(0)  # those that wait for the lock have it now, or the next step takes it again
+        return num_dropped
 
-    def _cleared(self, tier: int, namespace: Namespace | None) -> None:
-        with self._lock:
-            self._clears.ended(tier, namespace)
+    def clearing(
+        self,
+        namespace: Namespace | None = None,
+        *,
+        tiers: bool = True,
+        deleted: Callable[[str, int], None] | None = None,
+        ended: Callable[[str], None] | None = None,
+    ) -> Iterator[int]:
+        """Drop a namespace, or everything, from L1, and then from the tiers in the background if they are meant.
+
+        In steps, between which others have their turn; yields how many entries of L1 each has dropped. What is
+        stored after the first step stays, unless L1 held it still; what was stored before reaches no tier.
+
+        Args:
+            deleted: told how many entries a tier has deleted, part by part, on the tier's thread.
+            ended: told which tier is cleared, likewise. Without it a tier that is away is left to a clear that
+                waits for its return already.
+        """
+        return self._clearing.steps(namespace, tiers=tiers, deleted=deleted, ended=ended)
 
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
         """Readable keys of L1 that begin with ``prefix``, at most ``limit``."""

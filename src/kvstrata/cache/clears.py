@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from kvstrata.types import Namespace
 
 
@@ -17,12 +15,12 @@ class Clears:
         self._last: dict[Namespace | None, int] = {}
         self._running: list[list[Namespace | None]] = [[] for _ in range(num_tiers)]
 
-    def begin(self, namespace: Namespace | None, tiers: Iterable[int]) -> None:
-        """A clear begins, in ``tiers``; in the others one that has not begun its work covers it."""
+    def begin(self, namespace: Namespace | None) -> None:
+        """A clear begins, in all tiers."""
         self.count += 1
         self._last[namespace] = self.count
-        for tier in tiers:
-            self._running[tier].append(namespace)
+        for running in self._running:
+            running.append(namespace)
 
     def ended(self, tier: int, namespace: Namespace | None) -> None:
         self._running[tier].remove(namespace)
@@ -30,9 +28,9 @@ class Clears:
     def is_running(self, tier: int, namespace: Namespace) -> bool:
         return any(scope is None or scope is namespace for scope in self._running[tier])
 
-    def covers(self, tier: int, namespace: Namespace | None) -> bool:
-        """Whether a clear of at least this is under way in a tier."""
-        return None in self._running[tier] or namespace in self._running[tier]
+    def is_covered(self, tier: int, namespace: Namespace | None) -> bool:
+        """Whether, besides one of this, another clear of at least as much is under way in a tier."""
+        return sum(scope is None or scope is namespace for scope in self._running[tier]) > 1
 
     def since(self, namespace: Namespace, count: int) -> bool:
         """Whether anything cleared ``namespace`` after so many clears had begun. May be asked without the lock."""

@@ -355,7 +355,3 @@ class Index:
     def why_missing(self, chunk_hash: bytes, shard: int) -> MissReason:
         """Why L1 does not hold a shard, as far as it remembers."""
         return self._ghosts.get(entry_key(chunk_hash, shard), MissReason.ABSENT)
-
-    def of_namespace(self, namespace: Namespace | None) -> list[Entry]:
-        """The entries of a namespace, or all."""
-        return [e for e in self.entries.values() if namespace is None or e.namespace is namespace]

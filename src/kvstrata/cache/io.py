@@ -7,6 +7,7 @@ Callbacks run on those threads, without any lock held.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -39,6 +40,7 @@ _STAND_BACK_SECONDS = 1.0
 _SIZE_SECONDS = 0.25
 """How long statistics wait for a backend; then they show what it said the last time."""
 
+_DELETES_AT_ONCE = 256
 _MAX_SAID = 16
 """Different reasons why entries cannot be read that a tier's log names."""
 
@@ -310,27 +312,31 @@ class TierIO:
         self._call("delete", 0, lambda: self.tier.delete(keys))
 
     def clear(
-        self, prefix: str, done: Callable[[], None], matches: Callable[[str], bool] = lambda _: True
+        self,
+        prefix: str,
+        done: Callable[[], None],
+        *,
+        matches: Callable[[str], bool] = lambda _: True,
+        deleted: Callable[[int], None] | None = None,
     ) -> None:
         """Delete all keys with a prefix in the background, after the writes that are queued.
 
-        It is tried until it succeeds; then ``done`` is called. Keys that do not match stay.
+        It is tried until it succeeds; then ``done`` is called, and before that ``deleted`` with the number of each
+        part that was deleted. Keys that do not match stay.
         """
 
         def clear() -> int:
-            deleted = 0
-            batch: list[str] = []
-            for key in self.tier.scan(prefix):
-                if not matches(key):
-                    continue
-                batch.append(key)
-                if len(batch) == 256:
-                    deleted += self.tier.delete(batch)
-                    batch = []
-            return deleted + (self.tier.delete(batch) if batch else 0)
+            keys = filter(matches, self.tier.scan(prefix))
+            num_deleted = 0
+            while batch := list(itertools.islice(keys, _DELETES_AT_ONCE)):
+                count = self.tier.delete(batch)
+                num_deleted += count
+                if deleted is not None:
+                    deleted(count)
+            return num_deleted
 
-        def cleared(deleted: int) -> None:
-            logger.info("tier %s: cleared %s (%d entries)", self.name, prefix or "everything", deleted)
+        def cleared(num_deleted: int) -> None:
+            logger.info("tier %s: cleared %s (%d entries)", self.name, prefix or "everything", num_deleted)
             done()
 
         self.until_done("clear", clear, cleared)

@@ -292,6 +292,20 @@ class Entries:
         for event in ended:
             job.wait(event)
 
+    def clear(self, job: Job) -> None:
+        """Drop everything from everywhere, also what is on its way to a tier or from it: the work of a job.
+
+        Once begun it goes on when the job is cancelled. A tier that is down is waited for until then.
+        """
+        ended = {tier.name: threading.Event() for tier in self._cache.tiers}
+        job.result |= {L1: 0} | dict.fromkeys(ended, 0)
+        steps = self._cache.clearing(deleted=partial(_deleted, job), ended=lambda tier: ended[tier].set())
+        for count in steps:
+            _deleted(job, L1, count)
+            time.sleep(0)
+        for event in ended.values():
+            job.wait(event)
+
     def _drop_scope(self, job: Job, entries: list[Entry], tiers: set[str]) -> None:
         dropped = 0
         for start in range(0, len(entries), STEP):
@@ -327,14 +341,16 @@ def _clear(job: Job, tier: TierIO, scope: Scope) -> threading.Event:
     in_scope = scope.key_filter()
 
     def matches(key: str) -> bool:
-        if job.cancelled.is_set() or not in_scope(key):
-            return False
-        job.result[tier.name] += 1
-        job.num_done += 1
-        return True
+        return not job.cancelled.is_set() and in_scope(key)
 
-    tier.clear(scope.prefix, ended.set, matches)
+    tier.clear(scope.prefix, ended.set, matches=matches, deleted=partial(_deleted, job, tier.name))
     return ended
+
+
+def _deleted(job: Job, tier: str, count: int) -> None:
+    """A tier has deleted a part, on a thread of its own."""
+    job.result[tier] += count
+    job.num_done += count
 
 
 def _delete(job: Job, tier: TierIO, keys: list[str]) -> threading.Event:

@@ -104,9 +104,9 @@ class Operations:
 
         def work(job: Job) -> None:
             if tiers is None:
-                # Also what is on its way to a tier, or from it; then the other one waits for the tiers' end.
-                job.result["l1_before"] = self._cache.clear()
-            self.entries.delete_scope(job, Scope(), names)
+                self.entries.clear(job)
+            else:
+                self.entries.delete_scope(job, Scope(), names)
 
         return self.jobs.start("clear", work)
 

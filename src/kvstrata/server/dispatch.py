@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 from kvstrata.__about__ import __version__
@@ -20,8 +20,9 @@ from kvstrata.protocol.checks import (
 )
 from kvstrata.server.sessions import Session, Sessions
 
-Answer = tuple[m.Reply | None, Sequence[memoryview | bytes]]
-"""A reply with its payload parts; None for requests that get none."""
+Answer = tuple[m.Reply | Iterator[int] | None, Sequence[memoryview | bytes]]
+"""A reply with its payload parts; None for requests that get none. A clear is answered with its steps, and replied
+to when they have been taken, in between other requests."""
 
 
 class Dispatcher:
@@ -49,7 +50,7 @@ class Dispatcher:
             case m.ListKeys(prefix=prefix, limit=limit):
                 return m.Keys(tuple(self._cache.keys(prefix, limit))), ()
             case m.Clear(namespace=None, tiers=tiers):
-                return m.Cleared(self._cache.clear(tiers=tiers)), ()
+                return self._cache.clearing(tiers=tiers), ()
             case m.Goodbye():
                 self._sessions.goodbye(identity)
                 return None, ()
@@ -133,7 +134,7 @@ class Dispatcher:
                     cache.report_prefill(namespace, num_tokens, seconds)
                 return None, ()
             case m.Clear(tiers=tiers):
-                return m.Cleared(cache.clear(namespace, tiers=tiers)), ()
+                return cache.clearing(namespace, tiers=tiers), ()
             case _:
                 assert_never(request)
 

@@ -7,7 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -33,6 +35,16 @@ _STALLED_SECONDS = 30.0
 """The server's thread turns every second; when it has not for so long, it hangs."""
 _MAX_BURST = 64
 """Requests that are answered before other descriptors are looked at."""
+
+
+@dataclass
+class _Clear:
+    """A clear that somebody waits for."""
+
+    identity: bytes
+    sequence: int
+    steps: Iterator[int]
+    num_dropped: int = 0
 
 
 class Server:
@@ -66,6 +78,7 @@ class Server:
         self.started_at = time.time()
         self._turned_at = time.monotonic()
         self._stopping = threading.Event()
+        self._clears: deque[_Clear] = deque()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with contextlib.ExitStack() as stack:
             stack.callback(self._close_wakeup)
@@ -125,11 +138,14 @@ class Server:
         size_gib = self._region.size_bytes / 2**30
         logger.info("kvstrata %s serves on %s, %.1f GiB of L1", __version__, self.endpoint, size_gib)
         while not self._stopping.is_set():
-            for ready, _ in self._poller.poll(_POLL_MS):
+            for ready, _ in self._poller.poll(0 if self._clears else _POLL_MS):
                 self._serve_ready(ready)
+            self._clear_on()
             self._sessions.expire()
             self.operations.expire()
             self._turned_at = time.monotonic()
+        while self._clears:
+            self._clear_on()
 
     def stop(self) -> None:
         """Let ``serve`` return at once."""
@@ -183,8 +199,27 @@ class Server:
         except Exception:  # one request must not end the cache of everybody else
             logger.exception("a client's %s failed", type(request).__name__)
             reply, reply_payloads = m.Refused("internal error"), ()
-        if reply is not None and isinstance(request, m.ANSWERED):
+        if isinstance(reply, Iterator):
+            self._clears.append(_Clear(identity, sequence, reply))
+        elif reply is not None and isinstance(request, m.ANSWERED):
             self._send(identity, sequence, reply, reply_payloads)
+
+    def _clear_on(self) -> None:
+        """One step of the clear that was asked for first."""
+        if not self._clears:
+            return
+        clear = self._clears[0]
+        reply: m.Reply
+        try:
+            for count in clear.steps:
+                clear.num_dropped += count
+                return
+            reply = m.Cleared(clear.num_dropped)
+        except Exception:  # as with any request
+            logger.exception("a client's Clear failed")
+            reply = m.Refused("internal error")
+        self._clears.popleft()
+        self._send(clear.identity, clear.sequence, reply, ())
 
     def _send(
         self, identity: bytes, sequence: int, reply: m.Reply, payloads: Sequence[memoryview | bytes]
