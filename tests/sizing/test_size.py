@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces
 from kvstrata.sizing import Deployment, Tier, measure, read_model
 from kvstrata.testing.core import open_core, settle, store
 from kvstrata.testing.redis_server import RedisServer
+from kvstrata.testing.tier import make_keys
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.disk.tier import DiskOptions
 from kvstrata.tiers.redis import RedisOptions, RedisTier
@@ -153,6 +155,23 @@ def test_a_prompt_takes_what_is_said(
     assert used_bytes <= expected[Tier.REDIS]
     if allocator.startswith("jemalloc"):
         assert used_bytes >= 0.99 * expected[Tier.REDIS]
+
+
+def test_what_redis_rounds_up_is_counted_but_not_used() -> None:
+    """docs/sizing.md: ``maxmemory`` may be larger than the memory that there is for it."""
+    frame = memoryview(bytes((2 << 20) + 256))
+    with (
+        RedisServer(["maxmemory 200mb", "maxmemory-policy allkeys-lru"]) as server,
+        contextlib.closing(RedisTier(RedisOptions(url=server.url))) as tier,
+        redis_client.Redis(port=server.port) as client,
+    ):
+        for key in make_keys(150):
+            tier.write([key], [frame])
+        memory = client.info("memory")
+        num_held = client.dbsize() // 2
+    assert num_held < 100, "some were evicted"
+    if memory["mem_allocator"].startswith("jemalloc"):
+        assert memory["used_memory_rss"] < 0.92 * memory["used_memory"]
 
 
 class TestCommand:

@@ -20,7 +20,7 @@ from kvstrata.tiers.base import Tier
 from kvstrata.tiers.redis import RedisOptions, RedisTier
 from kvstrata.types import Miss, MissReason
 
-ACL_COMMANDS = "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan"
+ACL_COMMANDS = "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan +eval"
 
 
 def open_tier(url: str, **options: object) -> RedisTier:
@@ -319,7 +319,11 @@ def test_the_documented_commands_are_enough(keys: list[str]) -> None:
             assert read_frames(tier, keys) == [bytes(frame) for frame in frames]
             assert sorted(tier.scan()) == sorted(keys)
             assert tier.stats().used_bytes > 0
-            assert tier.delete(keys) == 10
+            with redis.Redis(port=server.port, db=1) as client:
+                client.delete(next(client.scan_iter(f"{keys[9]}kv_bytes@*")))
+            assert isinstance(read_frames(tier, keys[9:])[0], Miss)
+            assert tier.contains(keys) == [True] * 9 + [False]
+            assert tier.delete(keys) == 9
         with redis.Redis(port=server.port, db=1) as client:
             assert client.dbsize() == 0
             assert client.acl_log() == []

@@ -119,9 +119,8 @@ def test_what_was_found_is_said_once(cluster: RedisCluster, caplog: pytest.LogCa
 
 def test_the_documented_commands_are_enough(cluster: RedisCluster) -> None:
     flush(cluster)
-    commands = (
-        "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan +cluster|slots +asking"
-    )
+    commands = "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan +eval"
+    commands += " +cluster|slots +asking"
     for node in cluster.nodes:
         node.ask("ACL", "SETUSER", "kvstrata", "on", ">pw", "~*", "-@all", *commands.split())
         node.ask("ACL", "LOG", "RESET")

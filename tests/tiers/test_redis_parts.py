@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 import xxhash
 
-from kvstrata.errors import TierFull
+from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.testing.proxy import Flow, Link, Proxy
 from kvstrata.testing.redis_cluster import RedisCluster
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
 from kvstrata.tiers.base import Tier
+from kvstrata.tiers.inspect import inspect_frame
 from kvstrata.tiers.redis import RedisOptions, RedisTier
 from kvstrata.tiers.redis.parts import MANIFEST_BYTES, Manifest
+from kvstrata.tiers.redis.slots import slot_of
 from kvstrata.types import Miss, MissReason
 
 PART_BYTES = 4096
@@ -76,24 +79,174 @@ def test_the_size_decides(tier: RedisTier, client: redis.Redis) -> None:
     assert client.hget(f"{keys[3]}metadata", "parts") == b"4"
     assert client.hget(f"{keys[3]}metadata", "frame_bytes") == str(sizes[3]).encode()
     assert sorted(tier.scan()) == sorted(keys)
+    assert [inspect_frame(tier, key).frame_bytes for key in keys] == list(sizes)
     assert tier.delete(keys) == 4
     assert client.keys("*") == []
 
 
+def parts_of(client: redis.Redis, key: str) -> list[bytes]:
+    return [name for name in part_names(client) if name.startswith(key.encode())]
+
+
+def held(client: redis.Redis, key: str) -> list[bytes]:
+    """What there is of a frame, without its metadata."""
+    return sorted(name for name in client.keys("*") if name.startswith(f"{key}kv_bytes".encode()))
+
+
 def test_a_missing_or_foreign_part_is_a_miss(tier: RedisTier, client: redis.Redis) -> None:
+    keys = make_keys(3)
+    tier.write(keys, [make_frame(10_000, at) for at in range(3)])
+    client.delete(parts_of(client, keys[0])[1])
+    client.set(parts_of(client, keys[1])[2], b"short")
+    first, second, third = read_frames(tier, keys, 20_000)
+    assert first == Miss(MissReason.ABSENT, "a part of the frame is gone")
+    assert isinstance(second, Miss)
+    assert second.reason == MissReason.CORRUPT
+    assert third == bytes(make_frame(10_000, 2))
+
+
+def test_a_frame_with_a_part_missing_is_dropped(tier: RedisTier, client: redis.Redis) -> None:
     keys = make_keys(4)
     tier.write(keys, [make_frame(10_000, at) for at in range(4)])
-    own = [[name for name in part_names(client) if name.startswith(key.encode())] for key in keys]
-    client.delete(own[0][1])
-    client.set(own[1][1], bytes(PART_BYTES))  # another part of the right size
-    client.set(own[2][2], b"short")
-    first, second, third, fourth = read_frames(tier, keys, 20_000)
-    assert first == Miss(MissReason.ABSENT, "a part of the frame is gone")
-    for result in (second, third):
-        assert isinstance(result, Miss)
-        assert result.reason == MissReason.CORRUPT
-    assert fourth == bytes(make_frame(10_000, 3))
-    assert tier.contains(keys) == [True] * 4
+    for at in range(3):
+        client.delete(parts_of(client, keys[at])[at])
+    assert tier.contains(keys) == [True] * 4, "that is not known before it is read"
+    read_frames(tier, keys, 20_000)
+    assert tier.contains(keys) == [False] * 3 + [True]
+    assert [held(client, key) for key in keys[:3]] == [[], [], []]
+    tier.write(keys[:1], [make_frame(10_000, 9)])
+    assert read_frames(tier, keys, 20_000)[::3] == [bytes(make_frame(10_000, at)) for at in (9, 3)]
+
+
+def test_a_cluster_drops_it_too(cluster: RedisCluster) -> None:
+    keys = make_keys(6)
+    with contextlib.closing(open_tier(cluster.url)) as tier:
+        tier.write(keys, [make_frame(10_000)] * 6)
+        for key in keys:
+            node = cluster.owner(f"{key}kv_bytes".encode())
+            with redis.Redis(port=node.port, password=cluster.password) as client:
+                client.delete(parts_of(client, key)[1])
+        assert all(isinstance(result, Miss) for result in read_frames(tier, keys, 10_000))
+        assert tier.contains(keys) == [False] * 6
+
+
+def at_command(verb: bytes, action: Callable[[], None]) -> Link:
+    """A link on which ``action`` happens once, just before the first command ``verb`` reaches the server."""
+    left = [action]
+
+    def rewrite(piece: bytes) -> bytes:
+        if left and verb in piece:
+            left.pop()()
+        return piece
+
+    return Link(to_server=Flow(rewrite=rewrite))
+
+
+def test_dropping_leaves_what_was_stored_meanwhile(
+    redis_server: RedisServer, tier: RedisTier, client: redis.Redis
+) -> None:
+    """The reader found a part missing; before it drops the frame, the very same one is stored again."""
+    (key,) = make_keys(1)
+    tier.write([key], [make_frame(10_000)])
+    client.delete(parts_of(client, key)[1])
+    with Proxy(("127.0.0.1", redis_server.port)) as proxy:
+        proxy.link = at_command(b"EVAL", lambda: tier.write([key], [make_frame(10_000)]))
+        with contextlib.closing(open_tier(f"redis://{proxy.address}")) as reader:
+            assert isinstance(read_frames(reader, [key], 10_000)[0], Miss)
+    assert read_frames(tier, [key], 10_000) == [bytes(make_frame(10_000))]
+    assert len(held(client, key)) == 4
+
+
+def test_parts_of_two_writes_never_meet(
+    redis_server: RedisServer, tier: RedisTier, client: redis.Redis
+) -> None:
+    """Between a reader's two requests the same frame is stored again."""
+    (key,) = make_keys(1)
+    tier.write([key], [make_frame(10_000)])
+    first = parts_of(client, key)
+    with Proxy(("127.0.0.1", redis_server.port)) as proxy:
+        proxy.link = at_command(b"kv_bytes@", lambda: tier.write([key], [make_frame(10_000)]))
+        with contextlib.closing(open_tier(f"redis://{proxy.address}")) as reader:
+            assert isinstance(read_frames(reader, [key], 10_000)[0], Miss)
+            assert reader.contains([key]) == [True]
+            assert read_frames(reader, [key], 10_000) == [bytes(make_frame(10_000))]
+    assert not set(first) & set(parts_of(client, key))
+
+
+def test_who_may_not_drop_it_misses_it(
+    redis_server: RedisServer, tier: RedisTier, client: redis.Redis
+) -> None:
+    (key,) = make_keys(1)
+    tier.write([key], [make_frame(10_000)])
+    client.delete(parts_of(client, key)[1])
+    redis_server.ask("ACL", "SETUSER", "careful", "on", ">pw", "~*", "+@all", "-eval")
+    try:
+        url = redis_server.url.replace("://", "://careful:pw@")
+        with contextlib.closing(open_tier(url)) as other:
+            for _ in range(2):
+                assert read_frames(other, [key], 20_000)[0].reason == MissReason.ABSENT
+            other.write([key], [make_frame(10_000)])
+            assert read_frames(other, [key], 20_000) == [bytes(make_frame(10_000))]
+    finally:
+        redis_server.ask("ACL", "DELUSER", "careful")
+
+
+def test_what_is_evicted_in_parts_is_found_out() -> None:
+    config = ["maxmemory 8mb", "maxmemory-policy allkeys-lru"]
+    keys = make_keys(60)
+    with (
+        RedisServer(config) as server,
+        contextlib.closing(open_tier(server.url, max_value_bytes=100_000)) as tier,
+    ):
+        for at, key in enumerate(keys):
+            tier.write([key], [make_frame(300_000, at)])
+        promised = tier.contains(keys)
+        results = read_frames(tier, keys)
+        gone = [key for key, result in zip(keys, results, strict=True) if isinstance(result, Miss)]
+        assert len(keys) - len(gone) < sum(promised), "nothing was evicted in parts"
+        assert not any(tier.contains(gone))
+        for at, result in enumerate(results):
+            assert isinstance(result, Miss) or result == bytes(make_frame(300_000, at))
+
+
+def test_a_batch_has_one_deadline(redis_server: RedisServer) -> None:
+    """Each request alone would be answered in time."""
+    (key,) = make_keys(1)
+    with Proxy(("127.0.0.1", redis_server.port)) as proxy:
+        limits = {"timeout_seconds": 0.5, "connect_timeout_seconds": 0.1}
+        with contextlib.closing(open_tier(f"redis://{proxy.address}", **limits)) as tier:
+            tier.write([key], [make_frame(10_000)])
+            proxy.link = Link(to_client=Flow(delay_seconds=0.4))
+            with pytest.raises(TierUnavailable):
+                tier.write([key], [make_frame(10_000)])
+            with pytest.raises(TierUnavailable):
+                read_frames(tier, [key], 10_000)
+            proxy.link = Link()
+            assert read_frames(tier, [key], 10_000) == [bytes(make_frame(10_000))]
+
+
+def test_parts_cost_one_round_trip_and_only_to_be_read(redis_server: RedisServer) -> None:
+    keys = make_keys(4)
+    sent: list[bytes] = []
+
+    def count(piece: bytes) -> bytes:
+        sent.append(piece)
+        return piece
+
+    with Proxy(("127.0.0.1", redis_server.port)) as proxy:
+        url = f"redis://{proxy.address}"
+        for max_value_bytes, to_read in ((1 << 29, 1), (PART_BYTES, 2)):
+            with contextlib.closing(open_tier(url, max_value_bytes=max_value_bytes)) as tier:
+                tier.write(keys, [make_frame(10_000)] * 4)
+                proxy.link = Link(to_server=Flow(rewrite=count))
+                for asked, call in (
+                    (1, tier.contains),
+                    (to_read, lambda own: read_frames(tier, own, 10_000)),
+                ):
+                    sent.clear()
+                    assert all(call(keys))
+                    assert len(sent) == asked
+                proxy.link = Link()
 
 
 def test_a_part_that_is_refused_says_nothing_of_the_frame(redis_server: RedisServer, tier: RedisTier) -> None:
@@ -158,13 +311,41 @@ def test_a_full_server_keeps_no_half() -> None:
         assert read_frames(tier, keys[:1]) == [bytes(make_frame(1_000_000))]
 
 
+def test_a_frame_is_on_one_server_with_its_parts() -> None:
+    for prefix in ("", "p:", "{kv}:"):
+        name = f"{prefix}{make_keys(1)[0]}kv_bytes".encode()
+        names = Manifest.of(bytes(10_000), 1024).names(name)
+        assert len(set(names)) == 10
+        assert {slot_of(part) for part in names} == {slot_of(name)}
+
+
+def test_what_was_split_before_tags_is_read_and_deleted(tier: RedisTier, client: redis.Redis) -> None:
+    """The tag was the digest of the frame then, and each part had a slot of its own."""
+    (key,) = make_keys(1)
+    frame = make_frame(10_000)
+    manifest = Manifest(10_000, PART_BYTES, xxhash.xxh3_128_digest(frame), is_spread=True)
+    assert manifest.pack()[:8] == b"KVSPART1"
+    name = f"{key}kv_bytes".encode()
+    for at, part in enumerate(manifest.split(frame)):
+        client.set(name + b"@" + manifest.tag.hex().encode() + b"@%d" % at, bytes(part))
+    client.set(name, manifest.pack())
+    assert read_frames(tier, [key], 10_000) == [bytes(frame)]
+    assert tier.delete([key]) == 1
+    assert client.dbsize() == 0
+
+
 def test_too_many_parts(redis_server: RedisServer) -> None:
     frame = memoryview(bytes(1024 * 4096 + 1))
     with contextlib.closing(open_tier(redis_server.url, max_value_bytes=1024)) as tier:
         with pytest.raises(TierFull, match="4096 parts"):
             tier.write(make_keys(1), [frame])
-        tier.write(make_keys(1), [frame[:-1]])
-        assert tier.delete(make_keys(1)) == 1
+        keys = make_keys(2)
+        tier.write(keys, [frame[:-1]] * 2)
+        with redis.Redis(port=redis_server.port) as client:
+            client.delete(parts_of(client, keys[0])[2000])
+        assert isinstance(read_frames(tier, keys[:1], len(frame))[0], Miss)
+        assert tier.contains(keys) == [False, True]
+        assert tier.delete(keys) == 1
 
 
 def test_a_frame_that_looks_like_a_manifest_is_a_frame(redis_server: RedisServer) -> None:

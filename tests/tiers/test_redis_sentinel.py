@@ -101,8 +101,26 @@ def test_reads_from_the_replica_and_writes_to_the_master(group: RedisSentinel, t
         assert reader.delete(keys) == 5
 
 
+def test_a_frame_that_a_replica_cannot_give_whole_is_dropped_by_the_master(
+    group: RedisSentinel, tier: RedisTier
+) -> None:
+    (key,) = make_keys(1)
+    url = f"{group.url}&read_from=replica"
+    with (
+        contextlib.closing(open_tier(url, max_value_bytes=4096)) as reader,
+        redis.Redis(port=group.master.port, password=group.master.password) as client,
+    ):
+        reader.write([key], [make_frame(10_000)])
+        client.delete(next(client.scan_iter(f"{key}kv_bytes@*")))
+        client.wait(1, 5000)
+        assert isinstance(read_frames(reader, [key], 10_000)[0], Miss)
+        assert client.exists(f"{key}kv_bytes") == 0
+        reader.delete([key])
+        assert client.dbsize() == 0
+
+
 def test_the_documented_commands_are_enough(group: RedisSentinel) -> None:
-    data = "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan +role"
+    data = "+ping +select +info +exists +get +getrange +set +hset +expire +unlink +scan +eval +role"
     for server in group.servers:
         server.ask("ACL", "SETUSER", "kvstrata", "on", ">pw", "~*", "-@all", *data.split())
         server.ask("ACL", "LOG", "RESET")

@@ -20,8 +20,8 @@ from kvstrata.types import HASH_BYTES, KVLayout, Prefix
 _ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _REDIS_STRING_BYTES = 10
 """Header and end of a long string in Redis, inside the memory that it allocates for it."""
-_REDIS_PART_BYTES = 320
-"""Name of a part, and what Redis keeps for it."""
+_REDIS_PART_BYTES = 448
+"""Name of a part, which has that of its frame in it twice, and what Redis keeps for it."""
 _REDIS_ENTRY_BYTES = 1024
 """Both names, the metadata and Redis' tables for them: 700 to 900 bytes were measured."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -56,32 +57,39 @@ class _Leg:
     """Whether the failure is the server's: it may also never have got its turn."""
 
 
-def exchange(topology: Topology, request: Request) -> list[Outcome]:
-    """What the servers answer for each name. Ends within the deadlines for connecting and for one batch together.
+def exchange(topology: Topology, request: Request, until: float | None = None) -> list[Outcome]:
+    """What the servers answer for each name. Ends within the deadlines for connecting and for one batch together,
+    or at ``until`` (monotonic), which the requests of a batch that takes several have in common.
 
     Raises:
         TierUnavailable: there is no server at all.
     """
-    return _Exchange(topology, request).run()
+    until = topology.limits.deadline() if until is None else until
+    return _Exchange(topology, request, until).run()
+
+
+def attempt(topology: Topology, request: Request, until: float) -> None:
+    """Have it done if it can be: for what comes after a read or a write that has succeeded."""
+    with contextlib.suppress(TierUnavailable):
+        exchange(topology, request, until)
 
 
 class _Exchange:
-    def __init__(self, topology: Topology, request: Request) -> None:
-        limits = topology.limits
+    def __init__(self, topology: Topology, request: Request, until: float) -> None:
         self._topology = topology
         self._request = request
-        self._timeout_seconds = limits.timeout_seconds
-        started = time.monotonic()
-        self._until = started + limits.connect_timeout_seconds + limits.timeout_seconds
-        self._deadline = self._until
+        self._timeout_seconds = topology.limits.timeout_seconds
+        self._until = until
+        self._deadline = until
         # Another round is worth it after a refusal, not after a wait.
-        self._last_round_at = started + limits.timeout_seconds / 2
-        self._outcomes: list[Outcome] = [Down("not asked")] * len(request.names)
+        self._last_round_at = time.monotonic() + self._timeout_seconds / 2
+        self._outcomes: list[Outcome] = [Down("the batch's time was over")] * len(request.names)
 
     def run(self) -> list[Outcome]:
         pending: Sequence[int] = range(len(self._request.names))
         for number in range(MAX_ROUNDS):
-            if not pending or (number and time.monotonic() > self._last_round_at):
+            last_at = self._last_round_at if number else self._until
+            if not pending or time.monotonic() > last_at:
                 break
             pending = self._round(pending)
         return self._outcomes

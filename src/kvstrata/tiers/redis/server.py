@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     timeout_seconds: float
     """Of one batch, once there is a connection."""
     ttl_is_set: bool = False
+
+    def deadline(self) -> float:
+        """When a batch that begins now must have ended (monotonic), in however many requests."""
+        return time.monotonic() + self.connect_timeout_seconds + self.timeout_seconds
 
 
 class Server:

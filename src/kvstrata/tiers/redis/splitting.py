@@ -1,4 +1,7 @@
-"""Reading, writing and finding the parts of frames that were split (:mod:`kvstrata.tiers.redis.parts`)."""
+"""Reading, writing and finding the parts of frames that were split (:mod:`kvstrata.tiers.redis.parts`).
+
+``until`` is the deadline of the batch that a call is a part of (:meth:`Limits.deadline`).
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,37 @@ from collections.abc import Mapping, Sequence
 
 from kvstrata.tiers.redis.batch import Commands, Count, Get, set_command
 from kvstrata.tiers.redis.entry import Entry
-from kvstrata.tiers.redis.exchange import Down, Outcome, Refused, exchange
+from kvstrata.tiers.redis.exchange import Down, Outcome, Refused, attempt, exchange
 from kvstrata.tiers.redis.parts import MANIFEST_BYTES, Manifest
 from kvstrata.tiers.redis.resp import command
 from kvstrata.tiers.redis.topology import Topology
 from kvstrata.types import Buffer, Miss, MissReason
 
+_DROP_BROKEN = b"""
+if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1]) ~= ARGV[1] then return 0 end
+for at = 2, #KEYS do
+  if redis.call('EXISTS', KEYS[at]) == 0 then return redis.call('UNLINK', unpack(KEYS)) end
+end
+return 0
+"""
+"""Drops a frame, by its name and those of its parts, if its manifest is still this one and a part is missing."""
 
-def find_manifests(topology: Topology, names: Sequence[bytes]) -> dict[bytes, Manifest]:
+
+def peek(name: bytes) -> bytes:
+    """The command whose reply :func:`manifest_in` understands; of a frame that is not split it gives little."""
+    return command(b"GETRANGE", name, b"0", b"%d" % MANIFEST_BYTES)
+
+
+def manifest_in(outcome: Outcome) -> Manifest | None:
+    """What ``peek`` found, when it is a manifest."""
+    return Manifest.unpack(outcome) if isinstance(outcome, bytes) else None
+
+
+def find_manifests(topology: Topology, names: Sequence[bytes], until: float) -> dict[bytes, Manifest]:
     """Which frames are stored in parts, by name, without reading the others. Who cannot be asked is left out."""
-    if not names:
-        return {}
-    commands = [[command(b"GETRANGE", name, b"0", b"%d" % MANIFEST_BYTES)] for name in names]
-    outcomes = exchange(topology, Commands(names, commands, is_write=True))
-    found = {}
-    for name, outcome in zip(names, outcomes, strict=True):
-        manifest = Manifest.unpack(outcome) if isinstance(outcome, bytes) else None
-        if manifest is not None:
-            found[name] = manifest
-    return found
+    outcomes = exchange(topology, Commands(names, [[peek(name)] for name in names]), until)
+    found = {name: manifest_in(outcome) for name, outcome in zip(names, outcomes, strict=True)}
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
 
 
 def read_parts(
@@ -32,8 +47,12 @@ def read_parts(
     names: Sequence[bytes],
     buffers: Sequence[memoryview],
     manifests: Mapping[int, Manifest],
-) -> dict[int, int | Miss]:
-    """Read the frames that ``manifests`` describe, by position, to their buffers; all of a frame or a miss."""
+    until: float,
+) -> tuple[dict[int, int | Miss], list[Outcome]]:
+    """Read the frames that ``manifests`` describe, by position, to their buffers; all of a frame or a miss.
+
+    A frame with a part missing is dropped. Returns also what became of each part that was asked for.
+    """
     results: dict[int, int | Miss] = {}
     spans: dict[int, slice] = {}
     part_names: list[bytes] = []
@@ -46,15 +65,19 @@ def read_parts(
         spans[at] = slice(len(rooms), len(rooms) + manifest.num_parts)
         part_names += manifest.names(names[at])
         rooms += manifest.split(buffers[at])
-    if rooms:
-        outcomes = exchange(topology, Get(part_names, rooms))
-        for at, span in spans.items():
-            results[at] = _joined(manifests[at], buffers[at], outcomes[span])
-    return results
+    if not rooms:
+        return results, []
+    outcomes = exchange(topology, Get(part_names, rooms), until)
+    for at, span in spans.items():
+        results[at] = _joined(manifests[at], outcomes[span])
+    broken = {names[at]: manifests[at] for at, span in spans.items() if None in outcomes[span]}
+    if broken:
+        _drop_broken(topology, broken, until)
+    return results, outcomes
 
 
-def _joined(manifest: Manifest, buffer: memoryview, outcomes: Sequence[Outcome]) -> int | Miss:
-    if manifest.is_whole(buffer, outcomes):
+def _joined(manifest: Manifest, outcomes: Sequence[Outcome]) -> int | Miss:
+    if manifest.is_whole(outcomes):
         return manifest.frame_bytes
     for outcome in outcomes:
         if outcome is None:
@@ -66,8 +89,21 @@ def _joined(manifest: Manifest, buffer: memoryview, outcomes: Sequence[Outcome])
     return Miss(MissReason.CORRUPT, "the parts are not those of the frame")
 
 
+def _drop_broken(topology: Topology, broken: Mapping[bytes, Manifest], until: float) -> None:
+    """Drop frames that can never be read again, so that no look-up promises them.
+
+    A writer may be storing such a frame anew, and a replica that was read from may lag: the master compares and
+    drops in one step. Where it may not (no EVAL, parts in several slots) the frame stays until it is stored again.
+    """
+    commands = []
+    for name, manifest in broken.items():
+        keys = [name, *manifest.names(name)]
+        commands.append([command(b"EVAL", _DROP_BROKEN, b"%d" % len(keys), *keys, manifest.pack())])
+    attempt(topology, Commands(list(broken), commands), until)
+
+
 def write_parts(
-    topology: Topology, entries: Sequence[Entry], ttl_seconds: int | None
+    topology: Topology, entries: Sequence[Entry], ttl_seconds: int | None, until: float
 ) -> dict[bytes, Outcome]:
     """Write the parts of the entries that have a manifest; by name, those that could not be written whole."""
     names: list[bytes] = []
@@ -83,13 +119,13 @@ def write_parts(
         commands += [set_command(name, part, ttl_seconds) for name, part in zip(own, parts, strict=True)]
     if not names:
         return {}
-    outcomes = exchange(topology, Commands(names, commands))
+    outcomes = exchange(topology, Commands(names, commands), until)
     failed = {owner: outcome for owner, outcome in zip(owners, outcomes, strict=True) if outcome != b"OK"}
-    unlink(topology, [name for name, owner in zip(names, owners, strict=True) if owner in failed])
+    unlink(topology, [name for name, owner in zip(names, owners, strict=True) if owner in failed], until)
     return failed
 
 
-def unlink(topology: Topology, names: Sequence[bytes]) -> None:
+def unlink(topology: Topology, names: Sequence[bytes], until: float) -> None:
     """Drop what nobody refers to any more; what cannot be reached expires or is evicted."""
     if names:
-        exchange(topology, Count(b"UNLINK", names))
+        attempt(topology, Count(b"UNLINK", names), until)

@@ -5,7 +5,6 @@ redis-py is not used: it cannot read a value into the caller's memory.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -17,11 +16,11 @@ from kvstrata.tiers.redis import batch
 from kvstrata.tiers.redis.batch import Commands, Count, Get, set_command
 from kvstrata.tiers.redis.deployment import open_topology
 from kvstrata.tiers.redis.entry import METADATA_SUFFIX, VALUE_SUFFIX, Entry, escape_glob, is_own_key, metadata
-from kvstrata.tiers.redis.exchange import Down, Outcome, Refused, exchange
+from kvstrata.tiers.redis.exchange import Down, Outcome, Refused, attempt, exchange
 from kvstrata.tiers.redis.parts import MANIFEST_BYTES, MAX_PARTS, Manifest, must_split
 from kvstrata.tiers.redis.resp import MAX_BULK_BYTES, ErrorReply, TooLong, command
 from kvstrata.tiers.redis.server import Limits, Server
-from kvstrata.tiers.redis.splitting import find_manifests, read_parts, unlink, write_parts
+from kvstrata.tiers.redis.splitting import find_manifests, manifest_in, peek, read_parts, unlink, write_parts
 from kvstrata.tiers.redis.url import parse_url
 from kvstrata.types import Buffer, Miss, MissReason, TierStats
 
@@ -104,8 +103,9 @@ class RedisTier(ExpiringTier):
             raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")
         if not keys:
             return []
+        until = self._topology.limits.deadline()
         names = [self._value_name(key) for key in keys]
-        outcomes = exchange(self._topology, Get(names, buffers))
+        outcomes = exchange(self._topology, Get(names, buffers), until)
         self._raise_refusals(outcomes)
         self._raise_if_down(outcomes)
         results = [_result(outcome, len(buffer)) for outcome, buffer in zip(outcomes, buffers, strict=True)]
@@ -114,22 +114,23 @@ class RedisTier(ExpiringTier):
             manifest = Manifest.unpack(buffer[:result]) if result == MANIFEST_BYTES else None
             if manifest is not None:
                 manifests[at] = manifest
-        for at, joined in read_parts(self._topology, names, buffers, manifests).items():
-            results[at] = joined
+        joined, outcomes = read_parts(self._topology, names, buffers, manifests, until)
+        self._raise_if_down(outcomes)
+        for at, result in joined.items():
+            results[at] = result
         ttl_seconds = self.options.ttl_seconds  # may be changed at any time
         if self.options.refresh_ttl and ttl_seconds is not None:
             held = [at for at, result in enumerate(results) if isinstance(result, int)]
             refreshed = [name for at in held for name in (names[at], self._metadata_name(keys[at]))]
             refreshed += [name for at in held if at in manifests for name in manifests[at].names(names[at])]
-            self._refresh(refreshed, ttl_seconds)
+            self._refresh(refreshed, ttl_seconds, until)
         return results
 
-    def _refresh(self, names: Sequence[bytes], ttl_seconds: int) -> None:
+    def _refresh(self, names: Sequence[bytes], ttl_seconds: int, until: float) -> None:
         """Start the time of ``names`` anew. What has been read is a hit whether or not that succeeds: a replica may
         have answered while there is no master."""
         if names:
-            with contextlib.suppress(TierUnavailable):
-                exchange(self._topology, Count(b"EXPIRE", names, (b"%d" % ttl_seconds,)))
+            attempt(self._topology, Count(b"EXPIRE", names, (b"%d" % ttl_seconds,)), until)
 
     def write(self, keys: Sequence[str], frames: Sequence[memoryview]) -> None:
         """See :class:`Tier`. Parts of what is split are written before the manifest that names them.
@@ -144,20 +145,11 @@ class RedisTier(ExpiringTier):
         entries = [self._entry(key, frame) for key, frame in zip(keys, frames, strict=True)]
         if not entries:
             return
-        failed = write_parts(self._topology, entries, self.options.ttl_seconds)
+        until = self._topology.limits.deadline()
+        ttl_seconds = self.options.ttl_seconds  # may be changed at any time
+        failed = write_parts(self._topology, entries, ttl_seconds, until)
         whole = [entry for entry in entries if entry.value_name not in failed]
-        # An entry that this one replaces may have been split; without the setting none of ours was.
-        splits = self.options.max_value_bytes < MAX_BULK_BYTES or any(entry.manifest for entry in whole)
-        before = find_manifests(self._topology, [entry.value_name for entry in whole]) if splits else {}
-        outcomes = self._set(whole)
-        orphans: list[bytes] = []
-        for entry, outcome in zip(whole, outcomes, strict=True):
-            replaced, left = before.get(entry.value_name), entry.manifest
-            if outcome == b"OK":
-                replaced, left = left, replaced
-            if left is not None and left != replaced:
-                orphans += left.names(entry.value_name)
-        unlink(self._topology, orphans)
+        outcomes = self._set(whole, ttl_seconds, until)
         self._raise_unless_done([*failed.values(), *outcomes])
 
     def _entry(self, key: str, frame: memoryview) -> Entry:
@@ -171,34 +163,40 @@ class RedisTier(ExpiringTier):
         fields = metadata(key, frame, num_parts=num_parts)
         return Entry(self._value_name(key), self._metadata_name(key), frame, fields, manifest)
 
-    def _set(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """Write frames (or manifests) and metadata, all with the same time to live; what became of the former."""
+    def _set(self, entries: Sequence[Entry], ttl_seconds: int | None, until: float) -> list[Outcome]:
+        """Put frames (or manifests) and metadata in place, all with one time to live; what became of the former.
+
+        Parts that nobody refers to then are dropped: of an entry that was replaced, or of one that was not set.
+        """
         if not entries:
             return []
-        ttl = self.options.ttl_seconds
-        names: list[bytes] = []
-        commands: list[Sequence[Buffer]] = []
-        values: list[int] = []
-        for entry in entries:
-            values.append(len(names))
-            names += [entry.value_name, entry.metadata_name]
-            commands.append(set_command(entry.value_name, entry.value, ttl))
-            commands.append([command(b"HSET", entry.metadata_name, *entry.metadata)])
-            if ttl is not None:
-                names.append(entry.metadata_name)
-                commands.append([command(b"EXPIRE", entry.metadata_name, b"%d" % ttl)])
-        outcomes = exchange(self._topology, Commands(names, commands))
-        return [outcomes[at] for at in values]
+        # What is replaced may have been split; without the setting none of ours was. Asked in the same pipeline, so
+        # that another writer would have to come between two commands that the server has side by side.
+        peeks = self.options.max_value_bytes < MAX_BULK_BYTES or any(entry.manifest for entry in entries)
+        steps = [step for entry in entries for step in _steps(entry, ttl_seconds, peeks=peeks)]
+        names, commands = zip(*steps, strict=True)
+        outcomes = exchange(self._topology, Commands(names, commands), until)
+        width = len(steps) // len(entries)
+        if not peeks:
+            return outcomes[::width]
+        orphans: list[bytes] = []
+        for entry, before, outcome in zip(entries, outcomes[::width], outcomes[1::width], strict=True):
+            left = manifest_in(before) if outcome == b"OK" else entry.manifest
+            if left is not None:
+                orphans += left.names(entry.value_name)
+        unlink(self._topology, orphans, until)
+        return outcomes[1::width]
 
     def delete(self, keys: Sequence[str]) -> int:
         """See :class:`Tier`. Memory is freed by the server in the background."""
         if not keys:
             return 0
+        until = self._topology.limits.deadline()
         values = [self._value_name(key) for key in keys]
         names = [*values, *map(self._metadata_name, keys)]
-        for name, manifest in find_manifests(self._topology, values).items():
+        for name, manifest in find_manifests(self._topology, values, until).items():
             names += manifest.names(name)
-        outcomes = exchange(self._topology, Count(b"UNLINK", names))
+        outcomes = exchange(self._topology, Count(b"UNLINK", names), until)
         self._raise_unless_done(outcomes)
         return sum(outcome == 1 for outcome in outcomes[: len(keys)])
 
@@ -290,6 +288,17 @@ class RedisTier(ExpiringTier):
         for outcome in outcomes:
             if isinstance(outcome, Down):
                 raise TierPartlyUnavailable(outcome.reason)
+
+
+def _steps(entry: Entry, ttl_seconds: int | None, *, peeks: bool) -> list[tuple[bytes, Sequence[Buffer]]]:
+    """Names and commands that put one entry in place; as many for each."""
+    value, metadata_name = entry.value_name, entry.metadata_name
+    steps: list[tuple[bytes, Sequence[Buffer]]] = [(value, [peek(value)])] if peeks else []
+    steps.append((value, set_command(value, entry.value, ttl_seconds)))
+    steps.append((metadata_name, [command(b"HSET", metadata_name, *entry.metadata)]))
+    if ttl_seconds is not None:
+        steps.append((metadata_name, [command(b"EXPIRE", metadata_name, b"%d" % ttl_seconds)]))
+    return steps
 
 
 def _result(outcome: Outcome, room: int) -> int | Miss:
