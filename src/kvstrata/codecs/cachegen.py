@@ -257,15 +257,16 @@ def _symbols(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.uint8]]:
     """Symbols (heads x dims x tokens), means and models (heads x dims) of one layer's keys or values."""
     levels = np.rint(numbers / steps[:, None, None])
-    means = np.rint(levels.mean(axis=2, dtype=np.float64))
-    from_mean = np.clip(levels - means[:, :, None], -_LARGEST, _LARGEST).astype(np.int8)
-    from_previous = np.diff(from_mean, axis=2, prepend=np.int8(0))
-    spreads = [np.abs(symbols.astype(np.int16)).mean(axis=2) for symbols in (from_mean, from_previous)]
+    means = np.rint(levels.mean(axis=2, dtype=np.float64)).astype(np.int16)
+    levels -= means[:, :, None].astype(np.float32)  # both are integers of less than 24 bits
+    symbols = np.clip(levels, -_LARGEST, _LARGEST, out=levels).astype(np.int8)
+    from_previous = np.diff(symbols, axis=2, prepend=np.int8(0))
+    spreads = [np.abs(each).view(np.uint8).mean(axis=2) for each in (symbols, from_previous)]
     previous = spreads[1] < spreads[0]
+    symbols[previous] = from_previous[previous]
     octaves = np.log2(np.minimum(*spreads) + 2.0**-4) + 4
     models = np.rint(_MODELS_PER_OCTAVE * octaves).astype(np.uint8)
-    symbols = np.where(previous[:, :, None], from_previous, from_mean).view(np.uint8)
-    return symbols, means.astype(np.int16), np.where(previous, models | _PREVIOUS, models)
+    return symbols.view(np.uint8), means, np.where(previous, models | _PREVIOUS, models)
 
 
 class Restorer(msgspec.Struct, frozen=True):
