@@ -63,7 +63,7 @@ def run(config: GateConfig, progress: Callable[[str], None] = lambda _: None) ->
         ServerUnavailable, OSError: a server cannot be started, or failed.
     """
     machine = environment()
-    with started(config, [{"num_workers": 3}], progress) as engine:
+    with started(config, [{}], progress) as engine:
         measured = measure(config, engine, progress)
     return _report(config, machine, measured)
 
