@@ -319,21 +319,6 @@ def test_a_frame_is_on_one_server_with_its_parts() -> None:
         assert {slot_of(part) for part in names} == {slot_of(name)}
 
 
-def test_what_was_split_before_tags_is_read_and_deleted(tier: RedisTier, client: redis.Redis) -> None:
-    """The tag was the digest of the frame then, and each part had a slot of its own."""
-    (key,) = make_keys(1)
-    frame = make_frame(10_000)
-    manifest = Manifest(10_000, PART_BYTES, xxhash.xxh3_128_digest(frame), is_spread=True)
-    assert manifest.pack()[:8] == b"KVSPART1"
-    name = f"{key}kv_bytes".encode()
-    for at, part in enumerate(manifest.split(frame)):
-        client.set(name + b"@" + manifest.tag.hex().encode() + b"@%d" % at, bytes(part))
-    client.set(name, manifest.pack())
-    assert read_frames(tier, [key], 10_000) == [bytes(frame)]
-    assert tier.delete([key]) == 1
-    assert client.dbsize() == 0
-
-
 def test_too_many_parts(redis_server: RedisServer) -> None:
     frame = memoryview(bytes(1024 * 4096 + 1))
     with contextlib.closing(open_tier(redis_server.url, max_value_bytes=1024)) as tier:

@@ -20,9 +20,7 @@ from kvstrata.types import Buffer
 MAX_PARTS = 4096
 """Of one frame. A manifest that names more is none of ours."""
 
-_MAGIC = b"KVSPART2"
-_SPREAD_MAGIC = b"KVSPART1"
-"""Before: without a hash tag in the parts' names."""
+_MAGIC = b"KVSPART1"
 _FIELDS = struct.Struct("<8sQQ16s")
 _CHECK = struct.Struct("<Q")
 MANIFEST_BYTES = _FIELDS.size + _CHECK.size
@@ -36,8 +34,6 @@ class Manifest(msgspec.Struct, frozen=True):
     frame_bytes: int
     part_bytes: int
     tag: bytes
-    is_spread: bool = False
-    """Whether each part has a slot of its own, as once was usual."""
 
     @classmethod
     def of(cls, frame: Buffer, part_bytes: int) -> Manifest:
@@ -51,16 +47,13 @@ class Manifest(msgspec.Struct, frozen=True):
             return None
         magic, frame_bytes, part_bytes, tag = _FIELDS.unpack_from(value)
         (check,) = _CHECK.unpack_from(value, _FIELDS.size)
-        if magic not in (_MAGIC, _SPREAD_MAGIC):
+        if magic != _MAGIC or check != xxhash.xxh3_64_intdigest(bytes(value[: _FIELDS.size])):
             return None
-        if check != xxhash.xxh3_64_intdigest(bytes(value[: _FIELDS.size])):
-            return None
-        found = cls(frame_bytes, part_bytes, tag, is_spread=magic == _SPREAD_MAGIC)
+        found = cls(frame_bytes, part_bytes, tag)
         return found if part_bytes and 0 < found.num_parts <= MAX_PARTS else None
 
     def pack(self) -> bytes:
-        magic = _SPREAD_MAGIC if self.is_spread else _MAGIC
-        fields = _FIELDS.pack(magic, self.frame_bytes, self.part_bytes, self.tag)
+        fields = _FIELDS.pack(_MAGIC, self.frame_bytes, self.part_bytes, self.tag)
         return fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
 
     @property
@@ -70,8 +63,7 @@ class Manifest(msgspec.Struct, frozen=True):
     def names(self, value_name: bytes) -> list[bytes]:
         """The names of the parts of the frame whose own name is ``value_name``."""
         stem = b"%b@%b" % (value_name, self.tag.hex().encode())
-        slot = b"" if self.is_spread else b"{%b}" % value_name
-        return [b"%b@%d%b" % (stem, at, slot) for at in range(self.num_parts)]
+        return [b"%b@%d{%b}" % (stem, at, value_name) for at in range(self.num_parts)]
 
     def split(self, frame: memoryview) -> list[memoryview]:
         """The parts of ``frame`` (or of the room for it), without a copy."""

@@ -93,7 +93,7 @@ def _drop_broken(topology: Topology, broken: Mapping[bytes, Manifest], until: fl
     """Drop frames that can never be read again, so that no look-up promises them.
 
     A writer may be storing such a frame anew, and a replica that was read from may lag: the master compares and
-    drops in one step. Where it may not (no EVAL, parts in several slots) the frame stays until it is stored again.
+    drops in one step. Where it may not (no EVAL) the frame stays until it is stored again.
     """
     commands = []
     for name, manifest in broken.items():
