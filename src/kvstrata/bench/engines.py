@@ -17,7 +17,7 @@ import msgspec
 from kvstrata.client import RemoteClient
 from kvstrata.config import TierConfig, tier_from_url
 from kvstrata.errors import ConfigError, ServerUnavailable
-from kvstrata.testing.model import smollm2, tokenize
+from kvstrata.testing.model import model_folder, tokenize
 from kvstrata.testing.redis_server import RedisServer, server_binary
 from kvstrata.testing.vllm_client import VLLMClient
 from kvstrata.testing.vllm_server import VLLMServer, our_connector
@@ -120,9 +120,8 @@ def started(
         ServerFailed, ModelError, ServerUnavailable: something cannot be started.
     """
     cache_dir = cache_dir.resolve()
-    if model is None:
-        progress("making the model, unless it is there")
-        model = smollm2(cache_dir)
+    progress("making the model, unless it is there")
+    folder = model_folder(model, cache_dir)
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstrata-bench-")))
         if redis_url is None:
@@ -139,8 +138,8 @@ def started(
         }
         connector = our_connector(settings)
         logs = cache_dir / "logs"
-        ours = VLLMServer(model, log_path=logs / "bench-ours.log", connector=connector, prefix_caching=True)
-        plain = VLLMServer(model, log_path=logs / "bench-plain.log", prefix_caching=True)
+        ours = VLLMServer(folder, log_path=logs / "bench-ours.log", connector=connector, prefix_caching=True)
+        plain = VLLMServer(folder, log_path=logs / "bench-plain.log", prefix_caching=True)
         progress(f"starting two vLLMs (logs in {logs})")
         for server in (ours, plain):
             server.launch()
@@ -151,7 +150,6 @@ def started(
         cache = CacheServer(f"ipc://{control}", redis_url)
         stack.callback(cache.close)
         stack.callback(cache.empty_tier, "redis")
-        folder = model
         yield Engines(ours, plain, cache, lambda text: tokenize(folder, text))
 
 

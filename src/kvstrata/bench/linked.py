@@ -21,7 +21,7 @@ import msgspec
 from kvstrata.bench.engines import KEY_PREFIX, CacheServer, valkey
 from kvstrata.bench.prompts import prompts_apart
 from kvstrata.errors import ServerUnavailable
-from kvstrata.testing.model import ModelError, smollm2, tokenize
+from kvstrata.testing.model import ModelError, model_folder, tokenize
 from kvstrata.testing.process import ServerFailed, free_port
 from kvstrata.testing.proxy import Link, Proxy, slow_link
 from kvstrata.testing.redis_server import RedisServer
@@ -148,7 +148,7 @@ def started(
     cache_dir = Path(config.cache_dir).resolve()
     try:
         with contextlib.ExitStack() as stack:
-            model = smollm2(cache_dir) if config.model is None else Path(config.model)
+            model = model_folder(Path(config.model) if config.model else None, cache_dir)
             prompts = prompts_apart(partial(tokenize, model), config.prompts + 1, config.prompt_tokens)
             redis = stack.enter_context(RedisServer(_REDIS_CONFIG, binary=valkey()))
             proxy = stack.enter_context(Proxy(("127.0.0.1", redis.port)))

