@@ -14,6 +14,7 @@ CACHE = Path(__file__).parents[2] / ".cache"
 SHORT = TTFTConfig(prompt_tokens=700, prompts=1, repeats=2, pause_seconds=0)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
 def test_every_tier_is_measured_and_nothing_is_left() -> None:

@@ -110,7 +110,8 @@ def test_a_refusal_is_said_once_and_requests_go_on(
         assert client.wait_connected(10)
         for _ in range(3):
             assert store_all(client, OPAQUE) == 0
-            assert look(client, "r", OPAQUE) == 0
+            assert not client.lookup("r", OPAQUE.namespace, OPAQUE.prefix).pending, "nothing is waited for"
+            client.release("r")
         said = [record.message for record in caplog.records if "cannot encode the KV" in record.message]
         assert len(said) == 1
         assert "refused Register" in said[0]

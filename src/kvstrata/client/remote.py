@@ -215,7 +215,7 @@ class RemoteClient(Client):
                 case _:
                     pass
         self._holdings.lookup_lost(request_id, asked=asked)
-        is_away = not asked or self._welcome is None
+        is_away = self._welcome is None  # one that is there and has refused the namespace is not waited for
         return PENDING if is_away and time.monotonic() < self._welcome_by else NO_HIT
 
     def release(self, request_id: str) -> None:
