@@ -18,6 +18,7 @@ from kvstrata.remote.server import raise_descriptor_limit
 from kvstrata.remote.service import InFlight
 from kvstrata.testing.remote_server import RemoteServerThread
 from kvstrata.testing.tier import make_frame, make_keys, read_frames
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.lm import LmOptions, LmTier, wire
 from kvstrata.types import Miss
 
@@ -165,6 +166,49 @@ def test_many_slow_writers_leave_room_for_readers_and_the_entries_that_are_there
                 client.sock.close()
             tier.write(keys[:1], [make_frame(2_000_000)])  # it waits for its turn
             assert read_frames(tier, keys[:1]) == [bytes(make_frame(2_000_000))]
+
+
+def test_lists_of_keys_of_all_calls_together_are_bounded_and_short_ones_do_not_wait() -> None:
+    keys = make_keys(30_000)
+    body = wire.pack_keys([key.encode() for key in keys])
+    long_list = CALL.pack(17, 0, 0, 1, wire.MAX_KEYS_BYTES, 0, 0, 0)
+    with RemoteServerThread(message_seconds=5.0) as server, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(RawClient(server.port)) for _ in range(8)]
+        for client in slow:
+            greet(client)
+            client.sock.sendall(long_list + b"x")
+        room = server.service.keys_in_flight
+        wait_until(lambda: len(room._waiting) == 5, "three are being received, the others wait")
+        assert 0 <= room._free < wire.MAX_KEYS_BYTES
+        with contextlib.closing(LmTier(LmOptions(url=server.url))) as tier:
+            tier.write(keys[:1], [make_frame(1000)])
+            assert tier.contains(keys[:2]) == [True, False]
+        last = stack.enter_context(RawClient(server.port))
+        greet(last)
+        last.sock.sendall(CALL.pack(17, 0, 0, len(keys), len(body), 0, 0, 0) + body)
+        for client in slow:
+            client.sock.close()
+        answer = wire.Answer.unpack(last.take(wire.ANSWER_BYTES))
+        assert last.take(answer.body_bytes) == b"\x01" + bytes(len(keys) - 1)
+        wait_until(lambda: room._free == room.max_bytes, "all of it is given back")
+
+
+def test_a_list_of_keys_that_finds_no_room_in_time_is_refused() -> None:
+    with RemoteServerThread(message_seconds=0.2, min_bytes_per_second=1 << 20) as server:
+        room = server.service.keys_in_flight
+        with contextlib.ExitStack() as stack:
+            for number in range(4):
+                client = stack.enter_context(RawClient(server.port))
+                greet(client)
+                client.sock.sendall(CALL.pack(17, 0, 0, 1, wire.MAX_KEYS_BYTES, 0, 0, 0))
+                taken = min(number + 1, 3) * wire.MAX_KEYS_BYTES
+                wait_until(lambda taken=taken: room.max_bytes - room._free > taken, "it has its room")
+            answer = wire.Answer.unpack(client.take(wire.ANSWER_BYTES))
+            assert answer.status == wire.Status.REFUSED
+            assert b"fewer at once" in client.take(answer.body_bytes)
+            assert client.is_hung_up_on()
+        assert settled(server)
+        assert room._free == room.max_bytes
 
 
 @pytest.mark.parametrize("token", [b"", b"secret"])

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from kvstrata.errors import TierUnavailable
 from kvstrata.tiers import sockets
 
 
@@ -96,3 +97,29 @@ def test_a_peer_that_resets_before_the_handshake_leaves_no_socket() -> None:
             context.wrap_socket(sock, server_hostname="127.0.0.1")
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
+
+
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+def test_a_peer_that_is_slow_but_goes_on_does_not_make_a_send_outlast_its_deadline(family: int) -> None:
+    if family == socket.AF_UNIX:
+        ours, theirs = socket.socketpair()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ours = socket.create_connection(listener.getsockname())
+            theirs, _ = listener.accept()
+    hung_up = threading.Event()
+
+    def take_slowly() -> None:
+        while theirs.recv(32 << 10):
+            hung_up.wait(0.005)
+
+    thread = threading.Thread(target=take_slowly)
+    with ours, theirs:
+        connection = sockets.DeadlineSocket(ours, "peer")
+        thread.start()
+        connection.start(0.2)
+        with pytest.raises(TierUnavailable, match="deadline"):
+            connection.send([bytes(32 << 20)])  # five seconds and more at that rate
+        assert connection.closed
+        hung_up.set()
+        thread.join()

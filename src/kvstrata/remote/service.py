@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from kvstrata import plugins
+from kvstrata.errors import ProtocolError
 from kvstrata.remote.shelf import Shelf
 from kvstrata.remote.store import Entry, Store
 from kvstrata.tiers.disk import DiskOptions, DiskTier
@@ -28,6 +29,12 @@ _MAX_EXAMINED = 1 << 16
 _MAX_PAGE = 4096
 _PATIENCE = 2
 """How long a value waits for its turn to be received, in times of a message."""
+_MAX_KEYS_BYTES = 64 << 20
+"""Of the lists of keys of all calls together; those that are small do not count, or a few slow clients with long
+lists would keep everybody from looking up."""
+_FEW_KEYS_BYTES = 64 << 10
+_KEY_BYTES = 128
+"""What a key takes in memory besides its bytes."""
 _QUIET_SECONDS = 10.0
 """Complaints about clients within this time are counted, not logged one by one."""
 
@@ -127,6 +134,7 @@ class Service:
         self.draining = False
         self.store = Store(options.max_bytes, plugins.load("policies", options.policy)())
         self.in_flight = InFlight(max(options.max_frame_bytes, self.store.capacity_bytes // 4))
+        self.keys_in_flight = InFlight(_MAX_KEYS_BYTES)
         self.shelf: Shelf | None = None
         if options.disk is not None:
             disk = DiskTier(DiskOptions(path=options.disk, max_bytes=options.max_disk_bytes))
@@ -135,6 +143,19 @@ class Service:
         self._scan_numbers = itertools.count(1)
         self._complained_at = -_QUIET_SECONDS
         self._num_silent = 0
+
+    async def take_keys(self, call: wire.Call) -> int:
+        """Wait for room for the keys of ``call``; what to give back to ``keys_in_flight`` once it is answered.
+
+        Raises:
+            ProtocolError: there was none in time.
+        """
+        size = call.keys_bytes + call.num_keys * _KEY_BYTES
+        if size <= _FEW_KEYS_BYTES:
+            return 0
+        if not await self.keys_in_flight.take(size, _PATIENCE * self.options.message_seconds):
+            raise ProtocolError(f"no room for a list of {call.num_keys} keys: ask for fewer at once")
+        return size
 
     async def receive(
         self, key: bytes, size: int, fill: Callable[[memoryview], Awaitable[None]]

@@ -172,12 +172,16 @@ class Session:
     # -- the extended language
 
     async def _serve_call(self) -> None:
+        keys_bytes = 0
         try:
-            self._allow(wire.MAX_KEYS_BYTES)
+            self._allow(0)
             call = Call.unpack(await self._input.take(wire.CALL_BYTES))
             if not self._trusted:
                 await self._check_proof(call)
                 return
+            self.deadline = _NEVER  # others may be before it; that is not its fault
+            keys_bytes = await self._service.take_keys(call)
+            self._allow(call.keys_bytes)
             keys = wire.unpack_keys(await self._input.take(call.keys_bytes), call.num_keys)
             self.deadline = _NEVER
             await self._answer(call, keys)
@@ -185,6 +189,9 @@ class Session:
             text = str(error).encode()
             await self._send([Answer(0, Status.REFUSED, 0, len(text)).pack(), text])
             raise
+        finally:
+            if keys_bytes:
+                self._service.keys_in_flight.give_back(keys_bytes)
 
     async def _check_proof(self, call: Call) -> None:
         if call.verb != Verb.PROVE or call.keys_bytes:
