@@ -24,7 +24,7 @@ def test_store_and_find_a_prefix_again() -> None:
         layout=layout,
     )
     tokens = list(range(200))
-    hasher = kvstrata.PrefixHasher(kvstrata.root_hash(namespace), layout.block_size)
+    hasher = kvstrata.PrefixHasher(namespace)
     hasher.extend(tokens)
     prefix = hasher.prefix(tokens)
     with kvstrata.LocalClient(kvstrata.Settings(max_local_cpu_size=0.01)) as cache:

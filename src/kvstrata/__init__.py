@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvstrata.client import Client, LocalClient, RemoteClient, Reservation, connect
     from kvstrata.config import Settings, load_settings
     from kvstrata.errors import KVStrataError
-    from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces
+    from kvstrata.hashing import PrefixHasher, full_chunks, tail_pieces
     from kvstrata.types import Hit, KVLayout, Namespace, Piece, Prefix
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "connect",
     "full_chunks",
     "load_settings",
-    "root_hash",
     "tail_pieces",
 ]
 
@@ -48,7 +47,7 @@ _HOMES = {
     "kvstrata.client": ("Client", "LocalClient", "RemoteClient", "Reservation", "connect"),
     "kvstrata.config": ("Settings", "load_settings"),
     "kvstrata.errors": ("KVStrataError",),
-    "kvstrata.hashing": ("PrefixHasher", "full_chunks", "root_hash", "tail_pieces"),
+    "kvstrata.hashing": ("PrefixHasher", "full_chunks", "tail_pieces"),
     "kvstrata.types": ("Hit", "KVLayout", "Namespace", "Piece", "Prefix"),
 }
 

@@ -55,13 +55,13 @@ class PrefixHasher:
     the caller encodes them, unambiguously.
     """
 
-    def __init__(self, root: bytes, block_size: int, cache_salt: str = "") -> None:
-        """``root`` is :func:`root_hash` of the same ``cache_salt``; only quotas want to know it here."""
-        self.root = root
-        self.block_size = block_size
+    def __init__(self, namespace: Namespace, cache_salt: str = "") -> None:
+        """For one sequence of a namespace and a tenant."""
+        self.root = root_hash(namespace, cache_salt)
+        self.block_size = namespace.layout.block_size
         self.salt_id = salt_id(cache_salt)
         self._hashes = bytearray()
-        self._last = root
+        self._last = self.root
 
     @property
     def num_blocks(self) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvstrata.cache.index import Index, State
 from kvstrata.cache.walk import Candidates, best_cover, first_missing, position_candidates, walk
-from kvstrata.hashing import PrefixHasher, root_hash
+from kvstrata.hashing import PrefixHasher
 from kvstrata.memory.pool import SlotAllocator
 from kvstrata.policies.lru import LRUPolicy
 from kvstrata.types import KVLayout, Namespace, Piece, Prefix
@@ -26,7 +26,7 @@ def make_namespace(blocks_per_chunk: int, world_size: int) -> Namespace:
 
 def make_prefix(namespace: Namespace, num_tokens: int, seed: int = 0) -> Prefix:
     tokens = [random.Random(f"{seed} {i}").randrange(1000) for i in range(num_tokens)]
-    hasher = PrefixHasher(root_hash(namespace), BLOCK_SIZE)
+    hasher = PrefixHasher(namespace)
     hasher.extend(tokens)
     return hasher.prefix(tokens)
 

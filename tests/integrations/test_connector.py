@@ -446,7 +446,7 @@ def test_errors_of_our_own_do_not_fail_requests(make_engine, client, monkeypatch
             assert engine.ask(name, prompt, 3) == expected_answer(prompt, 3)
         assert not leases(client)
     engine = make_engine()
-    monkeypatch.setattr("kvstrata.integrations.vllm.hashes.root_hash", fail)
+    monkeypatch.setattr("kvstrata.integrations.vllm.hashes.PrefixHasher", fail)
     assert engine.ask("d", PROMPT, 3) == expected_answer(PROMPT, 3)
     caplog.clear()  # its tracebacks hold payloads, and so the pool
 

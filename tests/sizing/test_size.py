@@ -13,7 +13,7 @@ from configs import CACHED, NOT_CACHED
 
 from kvstrata.cli import main
 from kvstrata.errors import ConfigError
-from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces
+from kvstrata.hashing import PrefixHasher, full_chunks, tail_pieces
 from kvstrata.sizing import Deployment, Tier, measure, read_model
 from kvstrata.testing.core import open_core, settle, store
 from kvstrata.testing.redis_server import RedisServer
@@ -136,7 +136,7 @@ def test_a_prompt_takes_what_is_said(
     layout = KVLayout(deployment.block_size, (page_bytes,) * model.num_layers, "bfloat16", "test")
     namespace = Namespace("vllm", "m", "f", "auto", ranks, f"tp{ranks}pp1", deployment.chunk_size, layout)
     tokens = list(range(num_tokens))
-    hasher = PrefixHasher(root_hash(namespace), deployment.block_size)
+    hasher = PrefixHasher(namespace)
     hasher.extend(tokens)
     pieces = full_chunks(hasher, deployment.chunk_size, 0, num_tokens // deployment.chunk_size)
     pieces += tail_pieces(hasher.prefix(tokens), deployment.block_size, deployment.chunk_size)

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvstrata.cache.index import Entry, Index
 from kvstrata.config import WritePolicy
-from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces
+from kvstrata.hashing import PrefixHasher, full_chunks, tail_pieces
 from kvstrata.policies.lru import LRUPolicy
 from kvstrata.policies.s3fifo import S3FIFOPolicy
 from kvstrata.testing.core import open_core, payloads, settle, wait_lookup
@@ -70,7 +70,7 @@ FAULTS = [
 class Sequence:
     def __init__(self, namespace: Namespace, tokens: list[int]) -> None:
         self.namespace = namespace
-        hasher = PrefixHasher(root_hash(namespace), BLOCK_SIZE)
+        hasher = PrefixHasher(namespace)
         hasher.extend(tokens)
         self.prefix: Prefix = hasher.prefix(tokens)
         chunks = full_chunks(hasher, CHUNK_SIZE, 0, len(tokens) // CHUNK_SIZE)

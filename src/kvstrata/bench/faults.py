@@ -18,7 +18,7 @@ import msgspec
 from kvstrata.bench.report import Report, Target, environment, median
 from kvstrata.client import LocalClient
 from kvstrata.config import Settings
-from kvstrata.hashing import PrefixHasher, full_chunks, root_hash
+from kvstrata.hashing import PrefixHasher, full_chunks
 from kvstrata.testing.proxy import far_away
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.types import Hit, KVLayout, Namespace, Prefix
@@ -136,7 +136,7 @@ def _prompts(num_chunks: int) -> Iterator[Prompt]:
     for seed in itertools.count():
         rng = random.Random(seed)  # noqa: S311 - test data
         tokens = [rng.randrange(50_000) for _ in range(num_chunks * _NAMESPACE.chunk_size)]
-        hasher = PrefixHasher(root_hash(_NAMESPACE, ""), _LAYOUT.block_size)
+        hasher = PrefixHasher(_NAMESPACE)
         hasher.extend(tokens)
         yield hasher.prefix(tokens), full_chunks(hasher, _NAMESPACE.chunk_size, 0, num_chunks)
 

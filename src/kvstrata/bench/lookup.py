@@ -27,7 +27,7 @@ from kvstrata.bench.report import Report, Target, environment
 from kvstrata.client import RemoteClient, connect
 from kvstrata.config import Settings
 from kvstrata.errors import ConfigError, ServerUnavailable
-from kvstrata.hashing import PrefixHasher, full_chunks, root_hash
+from kvstrata.hashing import PrefixHasher, full_chunks
 from kvstrata.memory.pool import SLOT_ALIGNMENT_BYTES
 from kvstrata.testing.guard import descendants
 from kvstrata.testing.process import ServerProcess, free_port
@@ -226,7 +226,7 @@ def _random_prompt(config: LookupConfig, seed: int) -> list[int]:
 
 
 def _store(client: RemoteClient, namespace: Namespace, tokens: list[int]) -> None:
-    hasher = PrefixHasher(root_hash(namespace), namespace.layout.block_size)
+    hasher = PrefixHasher(namespace)
     hasher.extend(tokens)
     pieces = full_chunks(hasher, namespace.chunk_size, 0, len(tokens) // namespace.chunk_size)
     client.commit(client.reserve(namespace, 0, pieces))
@@ -252,7 +252,7 @@ def _fill(client: RemoteClient, namespace: Namespace, num_chunks: int) -> None:
 
 
 def _hash(namespace: Namespace, tokens: list[int]) -> Any:
-    hasher = PrefixHasher(root_hash(namespace), namespace.layout.block_size)
+    hasher = PrefixHasher(namespace)
     hasher.extend(tokens)
     return hasher.prefix(tokens)
 

@@ -14,7 +14,7 @@ from kvstrata.cache.cache import Cache
 from kvstrata.cache.gate import Gate
 from kvstrata.cache.index import Index
 from kvstrata.cache.lookups import Lookup
-from kvstrata.hashing import PrefixHasher, full_chunks, root_hash
+from kvstrata.hashing import PrefixHasher, full_chunks
 from kvstrata.memory.pool import SLOT_ALIGNMENT_BYTES, SlotAllocator
 from kvstrata.metrics import Metrics
 from kvstrata.policies.lru import LRUPolicy
@@ -59,7 +59,7 @@ def measure(namespace: Namespace, tokens: list[int], lookups: int) -> Added:
 
 
 def _hasher(namespace: Namespace, tokens: list[int]) -> PrefixHasher:
-    hasher = PrefixHasher(root_hash(namespace), namespace.layout.block_size)
+    hasher = PrefixHasher(namespace)
     hasher.extend(tokens)
     return hasher
 

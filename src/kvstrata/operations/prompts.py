@@ -12,7 +12,7 @@ from kvstrata.cache.cache import Cache
 from kvstrata.cache.index import Entry
 from kvstrata.cache.walk import Candidates, best_cover, walk
 from kvstrata.errors import NotFoundError
-from kvstrata.hashing import PrefixHasher, root_hash
+from kvstrata.hashing import PrefixHasher
 from kvstrata.metrics import L1
 from kvstrata.operations.report import Report
 from kvstrata.types import Namespace, Piece, Prefix
@@ -186,7 +186,7 @@ class _Question:
 
 def hash_tokens(namespace: Namespace, tokens: Sequence[int], salt: str) -> Prefix:
     """The hashes of a prompt without extra keys (images, adapters)."""
-    hasher = PrefixHasher(root_hash(namespace, salt), namespace.layout.block_size, salt)
+    hasher = PrefixHasher(namespace, salt)
     hasher.extend(tokens)
     return hasher.prefix(tokens)
 

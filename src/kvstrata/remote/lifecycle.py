@@ -8,8 +8,9 @@ import logging
 import signal
 from collections.abc import Callable
 
+from kvstrata.config import GIB
 from kvstrata.remote.server import RemoteServer
-from kvstrata.remote.service import GIB, RemoteOptions
+from kvstrata.remote.service import RemoteOptions
 
 log = logging.getLogger(__name__)
 

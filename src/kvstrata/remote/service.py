@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from kvstrata import plugins
+from kvstrata.config import GIB
 from kvstrata.errors import ProtocolError
 from kvstrata.remote.shelf import Shelf
 from kvstrata.remote.store import Entry, Store
@@ -21,7 +22,6 @@ from kvstrata.tiers.lm import wire
 
 log = logging.getLogger(__name__)
 
-GIB = 1 << 30
 _MAX_SCANS = 16
 """Scans whose list of keys is kept for their next page; the oldest ones have to start over."""
 _MAX_EXAMINED = 1 << 16

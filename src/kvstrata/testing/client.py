@@ -21,7 +21,7 @@ import pytest
 
 from kvstrata.client.base import Client, Reservation
 from kvstrata.config import Settings
-from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces
+from kvstrata.hashing import PrefixHasher, full_chunks, tail_pieces
 from kvstrata.testing.faults import Faults, set_faults
 from kvstrata.testing.waiting import PATIENCE_SECONDS, wait_until
 from kvstrata.types import Hit, KVLayout, MissReason, Namespace, Piece, Prefix, parse_key
@@ -66,7 +66,7 @@ class Prompt:
     def __init__(self, tokens: Sequence[int], namespace: Namespace, salt: str = "") -> None:
         self.tokens = list(tokens)
         self.namespace = namespace
-        hasher = PrefixHasher(root_hash(namespace, salt), namespace.layout.block_size, salt)
+        hasher = PrefixHasher(namespace, salt)
         hasher.extend(self.tokens)
         self.prefix: Prefix = hasher.prefix(self.tokens)
         chunk_size = namespace.chunk_size

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
-from kvstrata.hashing import PrefixHasher, full_chunks, root_hash, tail_pieces, tokens_hash
+from kvstrata.hashing import PrefixHasher, full_chunks, tail_pieces, tokens_hash
 from kvstrata.types import Namespace, Piece, Prefix
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class RequestHashes:
         self._request = request
         self._namespace = namespace
         self._block_size = namespace.layout.block_size
-        salt = request.cache_salt or ""
-        self._hasher = PrefixHasher(root_hash(namespace, salt), self._block_size, salt)
+        self._hasher = PrefixHasher(namespace, request.cache_salt or "")
         self._mm_index = 0
         # What vLLM turns into extra keys; a request without any needs no look at single blocks.
         self._plain = (
