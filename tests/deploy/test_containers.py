@@ -71,6 +71,55 @@ def test_what_is_copied_exists_and_is_not_ignored(containerfile: Path) -> None:
                 assert f"!{source.split('/')[0]}" in {line.rstrip("/") for line in ignored}
 
 
+def test_lmcaches_names_are_in_both_images(containerfile: Path) -> None:
+    assert ("COPY", "compat/lmcache compat/lmcache") in instructions(containerfile)
+    assert any(
+        name == "RUN" and "./compat/lmcache" in argument for name, argument in instructions(containerfile)
+    )
+
+
+def test_what_the_vllm_image_installs_is_what_its_first_stage_builds(tmp_path: Path) -> None:
+    """The wheels of what it copies, as pip names them, are each found by one of its patterns."""
+    steps = instructions(ROOT / "deploy" / "container" / "Containerfile.vllm")
+    for name, argument in steps:
+        if name == "COPY":
+            *sources, target = argument.split()
+            for source in sources:
+                copied = ROOT / source
+                place = tmp_path / "src" / (target if copied.is_dir() else source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (shutil.copytree if copied.is_dir() else shutil.copy)(copied, place)
+    (built,) = (argument for name, argument in steps if name == "RUN" and "pip wheel" in argument)
+    command = built.replace("python3", sys.executable).replace("/wheels", str(tmp_path / "wheels"))
+    subprocess.run(f"{command} --no-build-isolation -q", shell=True, cwd=tmp_path / "src", check=True)
+    (installed,) = (argument for name, argument in steps if name == "RUN" and "pip install" in argument)
+    patterns = re.findall(r"/wheels/(\S+?\.whl)", installed)
+    found = [[path.name for path in (tmp_path / "wheels").glob(pattern)] for pattern in patterns]
+    assert [len(names) for names in found] == [1, 1]
+    assert [names[0].split("-")[0] for names in found] == ["kvstrata", "kvstrata_lmcache"]
+
+
+@pytest.mark.parametrize("has_lmcache", [False, True])
+def test_lmcache_itself_is_not_overwritten(tmp_path: Path, has_lmcache: bool) -> None:
+    """The condition of the vLLM image, with a pip that only says what it was asked for."""
+    steps = instructions(ROOT / "deploy" / "container" / "Containerfile.vllm")
+    (installed,) = (argument for name, argument in steps if name == "RUN" and "pip install" in argument)
+    condition = re.search(r"if .* fi", installed)
+    assert condition is not None
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *show*) exit {0 if has_lmcache else 1};; esac\necho "$*"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        condition[0],
+        shell=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert ("kvstrata_lmcache" in done.stdout) is not has_lmcache
+
+
 def test_the_server_image_has_no_torch() -> None:
     text = (ROOT / "deploy" / "container" / "Containerfile.server").read_text()
     assert "torch" not in re.sub(r"(?m)^#.*$", "", text)

@@ -40,7 +40,7 @@ here is LMCache {LMCACHE_VERSION}. Tests run the configurations of its guides wi
    set `kvstrata config show`. What has no effect is named; a value that is not possible is an error that says
    what is.
 2. In vLLM's image, instead of LMCache: `pip uninstall lmcache`, `pip install kvstrata kvstrata-lmcache`. The
-   same for the image of the server.
+   same for the image of the server. Images built from `deploy/container` have both.
 3. Start the servers and vLLM as before. The cache is empty at first: nothing that LMCache stored is read.
 
 ## Check
