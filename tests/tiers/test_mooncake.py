@@ -156,6 +156,22 @@ def test_a_master_that_is_killed_and_comes_back_empty() -> None:
         assert read_frames(tier, keys) == [bytes(make_frame(100, 1))] * 2
 
 
+def test_the_library_is_not_asked_for_a_master_that_is_gone() -> None:
+    """It would take 4 seconds, whatever the deadline."""
+    keys = make_keys(1)
+    with MooncakeMaster() as master, joined_to(master, global_segment_size=0, timeout_seconds=2) as tier:
+        assert tier.contains(keys) == [False]
+        library, tier._store._store = tier._store._store, None
+        master.kill()
+        tier._store._set_up = lambda: pytest.fail("the library was asked")
+        for call in (tier.contains, tier.delete):
+            with pytest.raises(TierUnavailable, match="no Mooncake master"):
+                call(keys)
+        tier._store._store = library
+        master.start()
+        assert until(lambda: tier.contains(keys)) == [False]
+
+
 def until(call):
     """The result of ``call``, tried again while the library finds its way back; the test's own timeout ends it."""
     while True:
