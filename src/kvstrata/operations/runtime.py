@@ -121,7 +121,8 @@ class Runtime:
         capacity = self._cache.index.allocator.capacity_bytes
         if l1_budget_bytes is not None and l1_budget_bytes < 0:
             raise OperationError("l1_budget_bytes is negative")
-        reserved = self._cache.index.accounts.reserved_bytes
+        with self._cache.guarded() as index:
+            reserved = index.accounts.reserved_bytes
         if l1_budget_bytes is not None and l1_budget_bytes < reserved:
             raise ConflictError(
                 f"l1_budget_bytes is {l1_budget_bytes:,}; quotas reserve {reserved:,} bytes of l1: lower them first"
