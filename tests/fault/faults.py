@@ -228,13 +228,30 @@ def _resolving(wait: Callable[[], object]) -> AbstractContextManager[object]:
 
 
 @contextmanager
+def _connections_lost(backend: Reached) -> Iterator[None]:
+    """Again and again: one that was idle is made anew without asking who the master is, and needs no names."""
+    over = threading.Event()
+
+    def reset() -> None:
+        while not over.wait(0.05):
+            for proxy in backend.proxies:
+                proxy.reset()
+
+    thread = threading.Thread(target=reset)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
 def dns_gone(backend: Reached) -> Iterator[None]:
     def unknown() -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    with _resolving(unknown):
-        for proxy in backend.proxies:
-            proxy.reset()
+    with _resolving(unknown), _connections_lost(backend):
         yield
 
 
@@ -242,9 +259,7 @@ def dns_gone(backend: Reached) -> Iterator[None]:
 def dns_hangs(backend: Reached) -> Iterator[None]:
     """The resolver takes longer than any deadline of ours."""
     over = threading.Event()
-    with _resolving(lambda: over.wait(20)):
-        for proxy in backend.proxies:
-            proxy.reset()
+    with _resolving(lambda: over.wait(20)), _connections_lost(backend):
         yield
         over.set()
 
