@@ -23,8 +23,10 @@ from kvstrata.codecs.base import Codec, PayloadDescription, Stage, check_paramet
 
 Plane = NDArray[np.uint8]
 
-BLOCK_ELEMENTS = 1 << 15
-"""Elements that are split or merged at once: their bytes stay in the L2 cache. Twice as fast as all at once."""
+BLOCK_ELEMENTS = 1 << 18
+"""Elements that are split or merged in one step of NumPy: their bytes stay in the L2 cache. With fewer, threads
+wait for each other between the steps, for Python's lock: ``floats`` decoded 1.35 GB/s on two threads with 2^15, and
+2.2 with 2^18."""
 
 
 class PlaneCodec(Codec):

@@ -34,7 +34,7 @@ _SPECIALS = {
     "float32": struct.pack("<4I", 0x7F800000, 0xFF800000, 0x7FC00000, 0x00000001),
 }
 """Infinities, NaNs with their payloads, minus zero, subnormals."""
-_SIZES = [4096, 49_152, 98_304, 1_000_002]
+_SIZES = [4096, 49_152, 98_304, 1_100_002]
 _SLACK_BYTES = 1 << 16
 """What an attempt to decode may allocate besides what its sizes ask for."""
 
