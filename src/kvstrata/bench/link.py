@@ -68,10 +68,11 @@ def run(config: LinkConfig, progress: Callable[[str], None] = lambda _: None) ->
     machine = environment()
     notes: list[str] = []
     with key_file() as path:
-        codecs = [_RAW, *chosen(config.codecs, LEVELS, {"key_file": str(path)}, notes)]
-        names = list(dict.fromkeys(codecs))
-        tiers = [{"name": tier_name(codec), "codec": codec} for codec in names]
-        with started(config, tiers, progress, encryption_key_file=str(path)) as engine:
+        codecs = chosen(config.codecs, LEVELS, {"key_file": str(path)}, notes)
+        names = list(dict.fromkeys([_RAW, *codecs]))
+        tiers = [{"name": tier_name(name), "codec": name} for name in names]
+        keys = {"encryption_key_file": str(path)} if any(c.encrypts for c in codecs.values()) else {}
+        with started(config, tiers, progress, **keys) as engine:
             measured = measure(config, engine, names, progress)
     return report(config, machine, measured, notes)
 
