@@ -17,6 +17,18 @@ from kvstrata.testing.redis_server import RedisServer, server_binary
 
 _Issuer = tuple[x509.Name, ec.EllipticCurvePrivateKey]
 
+_SIGNS_CERTIFICATES = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+
 
 class Certificates:
     """A certificate authority; certificates for 127.0.0.1, an expired one, one of another host, one of clients."""
@@ -53,7 +65,14 @@ class Certificates:
             .not_valid_before(now - dt.timedelta(days=2))
             .not_valid_after(now + dt.timedelta(days=days_left))
             .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         )
+        # The key identifiers and an authority's key usage are what RFC 5280 asks for and Python 3.13 insists on.
+        if issuer:
+            signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer[1].public_key())
+            builder = builder.add_extension(signer, critical=False)
+        else:
+            builder = builder.add_extension(_SIGNS_CERTIFICATES, critical=True)
         if addresses:
             names = x509.SubjectAlternativeName(
                 [x509.IPAddress(ipaddress.ip_address(each)) for each in addresses]
