@@ -6,23 +6,28 @@ record names, is forgotten here, so that the next `pip install` writes it anew.
 
 from __future__ import annotations
 
-import importlib.metadata
+import csv
 import shutil
 import sysconfig
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
-def unfinished(distribution: importlib.metadata.Distribution) -> bool:
-    """Whether the record or a file that it names is missing."""
-    if distribution.read_text("RECORD") is None:
+def unfinished(folder: Path) -> bool:
+    """Whether the record of a ``dist-info`` folder, or a file that it names, is missing.
+
+    The record is read here, as ``importlib.metadata`` leaves missing files out since Python 3.12.
+    """
+    record = folder / "RECORD"
+    if not record.is_file():
         return True
-    files = distribution.files or []
+    with record.open(newline="", encoding="utf-8") as file:
+        names = [row[0] for row in csv.reader(file) if row]
     # Compiled files come and go; scripts may have been moved by hand.
-    wanted = [file for file in files if file.suffix != ".pyc" and not file.as_posix().startswith("../")]
-    return not all(Path(str(distribution.locate_file(file))).exists() for file in wanted)
+    wanted = [name for name in names if PurePosixPath(name).suffix != ".pyc" and not name.startswith("../")]
+    return not all((folder.parent / name).exists() for name in wanted)
 
 
 for folder in Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
-    if unfinished(importlib.metadata.Distribution.at(folder)):
+    if unfinished(folder):
         print(f"forgetting {folder.name}: its installation did not finish")
         shutil.rmtree(folder)
