@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -39,6 +40,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("contract")
     (directory / "token").write_text(TOKEN)
     (directory / "token").chmod(0o600)
+    logger = logging.getLogger("kvstrata")
+    before = logger.level
     with serving(
         small_settings(
             local_disk=str(directory / "kv"),
@@ -49,6 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         store(served.client, prompt(200, 1, make_namespace()))
         served.api.wait_job(served.api.post("/clear", {"tiers": ["l1"]}))
         yield served
+    logger.setLevel(before)  # PATCH /runtime changes it for the whole process
 
 
 @pytest.fixture(scope="module")
