@@ -16,7 +16,7 @@ from kvstrata.testing.model import smollm2
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 CACHE = Path(__file__).parents[2] / ".cache"
-MARK = "KVSTRATA_TEST_RUN"
+MARK = "DEMO_TEST_RUN"  # not KVSTRATA_...: these are settings
 
 
 def processes_of(run: str) -> dict[int, str]:
