@@ -30,6 +30,15 @@ def measured() -> Measured:
     return Measured(40e6, samples(0.2), samples(5.0), loaded)
 
 
+def test_a_link_that_passes_on_less_than_it_should_is_taken_for_what_it_is() -> None:
+    found = measured()
+    found.raw_bytes = 20e6
+    assert [found.passed_on(speed) for speed in (50.0, 200.0)] == pytest.approx([25.0, 100.0])
+    figures = report(LinkConfig(speeds=(50.0, 200.0)), environment(), found)
+    assert [row[-1] for row in figures.rows] == ["-", "50", "100"]
+    assert {"25", "100"} <= {element.text for element in ET.fromstring(drawing(figures)).iter()}
+
+
 def test_codecs_are_compared_in_neighbours() -> None:
     found = report(LinkConfig(speeds=(50.0, 200.0)), environment(), measured(), ["a note"])
     assert found.ratios["cachegen:low_over_naive_50"] == pytest.approx(0.5)

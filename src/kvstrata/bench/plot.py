@@ -143,7 +143,7 @@ def _document(title: str, across: Axis, up: Axis, marks: Sequence[str]) -> str:
     for value in across.ticks():
         at = _x(across, value)
         frame.append(f'<path d="M{at:.1f} {bottom}v5" stroke="#888"/>')
-        frame.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{value:g}</text>')
+        frame.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{value:.4g}</text>')
     middle = (_TOP + bottom) / 2
     frame += [
         f'<path d="M{_LEFT} {bottom}H{right}" stroke="#888"/>',
