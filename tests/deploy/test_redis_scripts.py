@@ -148,6 +148,8 @@ class Group:
             and all(
                 int(self.sentinel(node)["num-other-sentinels"]) == self.replicas - 1
                 and int(self.sentinel(node)["num-slaves"]) == self.replicas - 1
+                # A failover that meets another one leaves sentinels that disagree for good.
+                and self.sentinel(node)["flags"] == "master"
                 for kind, node in self.containers
                 if kind == "sentinel"
             )

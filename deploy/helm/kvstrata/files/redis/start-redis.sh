@@ -6,9 +6,8 @@ umask 077
 
 conf=$RUN_DIR/redis.conf
 master=$(named_master)
-# A master that comes back has less than its replicas, which would then be emptied to match it. The sentinels notice
-# after 5 seconds, and where their first attempt finds no replica yet that is in step, they try again after 20.
-if [ "$master" = "$ME" ] && wait_for_other_master 60; then
+# A master that comes back has less than its replicas, which would then be emptied to match it.
+if [ "$master" = "$ME" ] && wait_for_other_master 30; then
     master=$(named_master)
 fi
 [ -n "$master" ] || master=${NODES%% *}
