@@ -30,6 +30,12 @@ Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE|-", help="Write all figures as JSON to a file, or print them."),
 ]
+Codecs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--codec", metavar="CODEC", help="As in remote_serde; may be given again. Default: all there are."
+    ),
+]
 Runs = Annotated[int | None, typer.Option("--runs", min=1, help="Runs after the warm-up.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when a target is missed.")]
 
@@ -77,12 +83,7 @@ def copy(runs: Runs = None, as_json: Json = None, strict: Strict = False) -> int
 @app.command("codec", epilog="Example: kvstrata bench codec --codec floats --codec zstd:3")
 def codec(
     *,
-    codecs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--codec", metavar="CODEC", help="As in remote_serde; may be given again. Default: all there are."
-        ),
-    ] = None,
+    codecs: Codecs = None,
     chunks: Annotated[int | None, typer.Option(min=2, help="Passages of 256 tokens.")] = None,
     cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model.")] = None,
     runs: Runs = None,
@@ -265,12 +266,7 @@ def gate(
 @app.command("link", epilog="Example: kvstrata bench link --codec floats --codec cachegen --speed 100")
 def link(
     *,
-    codecs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--codec", metavar="CODEC", help="As in remote_serde; may be given again. Default: all there are."
-        ),
-    ] = None,
+    codecs: Codecs = None,
     speeds: Annotated[
         list[float] | None,
         typer.Option(
