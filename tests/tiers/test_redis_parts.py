@@ -130,8 +130,9 @@ def test_a_cluster_drops_it_too(cluster: RedisCluster) -> None:
         assert tier.contains(keys) == [False] * 6
 
 
-def at_command(verb: bytes, action: Callable[[], None]) -> Link:
-    """A link on which ``action`` happens once, just before the first command ``verb`` reaches the server."""
+@contextlib.contextmanager
+def interrupted(server: RedisServer, verb: bytes, action: Callable[[], None]) -> Iterator[RedisTier]:
+    """A reader; ``action`` happens once, just before the first command ``verb`` of it reaches the server."""
     left = [action]
 
     def rewrite(piece: bytes) -> bytes:
@@ -139,7 +140,12 @@ def at_command(verb: bytes, action: Callable[[], None]) -> Link:
             left.pop()()
         return piece
 
-    return Link(to_server=Flow(rewrite=rewrite))
+    link = Link(to_server=Flow(rewrite=rewrite))
+    with (
+        Proxy(("127.0.0.1", server.port), link) as proxy,
+        contextlib.closing(open_tier(f"redis://{proxy.address}")) as reader,
+    ):
+        yield reader
 
 
 def test_dropping_leaves_what_was_stored_meanwhile(
@@ -149,10 +155,8 @@ def test_dropping_leaves_what_was_stored_meanwhile(
     (key,) = make_keys(1)
     tier.write([key], [make_frame(10_000)])
     client.delete(parts_of(client, key)[1])
-    with Proxy(("127.0.0.1", redis_server.port)) as proxy:
-        proxy.link = at_command(b"EVAL", lambda: tier.write([key], [make_frame(10_000)]))
-        with contextlib.closing(open_tier(f"redis://{proxy.address}")) as reader:
-            assert isinstance(read_frames(reader, [key], 10_000)[0], Miss)
+    with interrupted(redis_server, b"EVAL", lambda: tier.write([key], [make_frame(10_000)])) as reader:
+        assert isinstance(read_frames(reader, [key], 10_000)[0], Miss)
     assert read_frames(tier, [key], 10_000) == [bytes(make_frame(10_000))]
     assert len(held(client, key)) == 4
 
@@ -164,12 +168,10 @@ def test_parts_of_two_writes_never_meet(
     (key,) = make_keys(1)
     tier.write([key], [make_frame(10_000)])
     first = parts_of(client, key)
-    with Proxy(("127.0.0.1", redis_server.port)) as proxy:
-        proxy.link = at_command(b"kv_bytes@", lambda: tier.write([key], [make_frame(10_000)]))
-        with contextlib.closing(open_tier(f"redis://{proxy.address}")) as reader:
-            assert isinstance(read_frames(reader, [key], 10_000)[0], Miss)
-            assert reader.contains([key]) == [True]
-            assert read_frames(reader, [key], 10_000) == [bytes(make_frame(10_000))]
+    with interrupted(redis_server, b"kv_bytes@", lambda: tier.write([key], [make_frame(10_000)])) as reader:
+        assert isinstance(read_frames(reader, [key], 10_000)[0], Miss)
+        assert reader.contains([key]) == [True]
+        assert read_frames(reader, [key], 10_000) == [bytes(make_frame(10_000))]
     assert not set(first) & set(parts_of(client, key))
 
 

@@ -25,10 +25,24 @@ from kvstrata.tiers.open import open_tier
 
 KEY_PREFIX = "kvstrata-bench:"
 """In front of our keys in Redis, so that nobody else's are deleted."""
-_REDIS_CONFIG = ("maxmemory 4gb", "maxmemory-policy allkeys-lru")
+REDIS_CONFIG = ("maxmemory 4gb", "maxmemory-policy allkeys-lru")
 _START_SECONDS = 30.0
 _DRAIN_SECONDS = 60.0
 _TIMEOUT_SECONDS = 10.0
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What benchmarks of a real engine have in common."""
+
+    prompt_tokens: int
+    prompts: int
+    """Different prompts; one more is warm-up."""
+    answer_tokens: int
+    pause_seconds: float
+    """Before each request. vLLM's worker processes spin for a second after one, and take a core from others."""
+    model: str | None = None
+    """Folder of the model; SmolLM2-135M by default."""
+    cache_dir: str = ".cache"
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ def started(
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstrata-bench-")))
         if redis_url is None:
-            redis_url = stack.enter_context(RedisServer(_REDIS_CONFIG, binary=valkey())).url
+            redis_url = stack.enter_context(RedisServer(REDIS_CONFIG, binary=valkey())).url
         (directory / "disk").mkdir()
         settings = {
             "max_local_cpu_size": 1.0,

@@ -154,7 +154,7 @@ def report(config: LinkConfig, machine: Environment, measured: Measured, notes: 
             (
                 codec,
                 *(measured.seconds(codec, speed) for speed in config.speeds),
-                _pays_up_to(codec, dict(zip(passed_on, over[codec].values(), strict=True))),
+                "-" if codec == _RAW else break_even(dict(zip(passed_on, over[codec].values(), strict=True))),
             )
             for codec in codecs
         ),
@@ -168,10 +168,6 @@ def report(config: LinkConfig, machine: Environment, measured: Measured, notes: 
         notes=(*notes, *_remarks(config, measured)),
         samples={name: [each.ttft_seconds for each in found] for name, found in samples.items()},
     )
-
-
-def _pays_up_to(codec: str, over: dict[float, float]) -> str:
-    return "-" if codec == _RAW else break_even(over)
 
 
 def _remarks(config: LinkConfig, measured: Measured) -> list[str]:

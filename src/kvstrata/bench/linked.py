@@ -6,8 +6,6 @@ L1 is emptied before each request, so that what is asked for comes over the link
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +16,10 @@ from typing import Any
 
 import msgspec
 
-from kvstrata.bench.engines import KEY_PREFIX, CacheServer, valkey
+from kvstrata.bench.engines import KEY_PREFIX, REDIS_CONFIG, CacheServer, EngineConfig, valkey
 from kvstrata.bench.prompts import prompts_apart
 from kvstrata.errors import ServerUnavailable
+from kvstrata.testing.api import Api
 from kvstrata.testing.model import ModelError, model_folder, tokenize
 from kvstrata.testing.process import ServerFailed, free_port
 from kvstrata.testing.proxy import Link, Proxy, slow_link
@@ -31,21 +30,16 @@ from kvstrata.testing.vllm_server import VLLMServer, our_connector
 _ROUND_TRIP_SECONDS = 0.002
 _PATIENCE_SECONDS = 600.0
 _POLL_SECONDS = 0.05
-_REDIS_CONFIG = ("maxmemory 4gb", "maxmemory-policy allkeys-lru")
 
 
-class LinkedConfig(msgspec.Struct, frozen=True, kw_only=True):
+class LinkedConfig(EngineConfig, frozen=True, kw_only=True):
     """What these benchmarks have in common."""
 
     prompt_tokens: int = 1500
     prompts: int = 2
     """Different prompts, sent in turn; one more is warm-up."""
     pause_seconds: float = 1.0
-    """Before each request. vLLM's worker processes spin for a second after one, and take a core from others."""
     answer_tokens: int = 1
-    model: str | None = None
-    """Folder of the model; SmolLM2-135M by default."""
-    cache_dir: str = ".cache"
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -64,7 +58,7 @@ class LinkedEngine:
     config: LinkedConfig
     vllm: VLLMClient
     cache: CacheServer
-    http_port: int
+    api: Api
     proxy: Proxy
     prompts: Sequence[list[int]]
     """They share no prefix. The first is for warming up."""
@@ -116,15 +110,10 @@ class LinkedEngine:
         raise ServerUnavailable("a load has not ended in time")
 
     def _request(self, method: str, path: str, body: Any = None) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=30)
-        with contextlib.closing(connection):
-            data = None if body is None else json.dumps(body)
-            connection.request(method, path, data, {"content-type": "application/json"})
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        if response.status != 200:
-            raise ServerUnavailable(f"{method} {path} was answered {response.status}: {answer}")
-        return answer
+        answer = self.api.ask(method, path, body)
+        if answer.status != 200:
+            raise ServerUnavailable(f"{method} {path} was answered {answer.status}: {answer.body!r}")
+        return answer.json
 
 
 @contextlib.contextmanager
@@ -150,7 +139,7 @@ def started(
         with contextlib.ExitStack() as stack:
             model = model_folder(Path(config.model) if config.model else None, cache_dir)
             prompts = prompts_apart(partial(tokenize, model), config.prompts + 1, config.prompt_tokens)
-            redis = stack.enter_context(RedisServer(_REDIS_CONFIG, binary=valkey()))
+            redis = stack.enter_context(RedisServer(REDIS_CONFIG, binary=valkey()))
             proxy = stack.enter_context(Proxy(("127.0.0.1", redis.port)))
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstrata-bench-"))
             http_port = free_port()
@@ -169,7 +158,7 @@ def started(
             )
             (control,) = Path(directory).glob("embedded-*/control.sock")
             cache = stack.enter_context(contextlib.closing(CacheServer(f"ipc://{control}")))
-            yield LinkedEngine(config, vllm, cache, http_port, proxy, prompts)
+            yield LinkedEngine(config, vllm, cache, Api("127.0.0.1", http_port), proxy, prompts)
     except (ServerFailed, ModelError) as error:
         raise ServerUnavailable(str(error)) from error
 

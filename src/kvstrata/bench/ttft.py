@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvstrata.bench.engines import CacheServer, Engines, running, started
+from kvstrata.bench.engines import CacheServer, EngineConfig, Engines, running, started
 from kvstrata.bench.prompts import prompts_apart
 from kvstrata.bench.report import Environment, Report, Target, environment, median
 from kvstrata.errors import ServerUnavailable
@@ -34,7 +34,7 @@ _TARGETS = {
 _MIN_HIT_SHARE = 0.9
 
 
-class TTFTConfig(msgspec.Struct, frozen=True, kw_only=True):
+class TTFTConfig(EngineConfig, frozen=True, kw_only=True):
     """What to measure."""
 
     prompt_tokens: int = 3500
@@ -44,10 +44,6 @@ class TTFTConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Warm requests per prompt and tier, each next to a hit in vLLM's own prefix cache."""
     answer_tokens: int = 4
     pause_seconds: float = 2.0
-    """Before each request. vLLM's worker processes spin for a second after one, and take a core from others."""
-    model: str | None = None
-    """Folder of the model; SmolLM2-135M by default."""
-    cache_dir: str = ".cache"
     redis_url: str | None = None
     url: str | None = None
     """A running vLLM with our connector, instead of starting two."""

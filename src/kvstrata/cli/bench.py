@@ -36,6 +36,9 @@ Codecs = Annotated[
         "--codec", metavar="CODEC", help="As in remote_serde; may be given again. Default: all there are."
     ),
 ]
+Model = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")]
+LogDir = Annotated[str | None, typer.Option(metavar="DIR", help="For the model and logs.")]
+PromptTokens = Annotated[int | None, typer.Option(min=256, help="Tokens of a prompt.")]
 Runs = Annotated[int | None, typer.Option("--runs", min=1, help="Runs after the warm-up.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when a target is missed.")]
 
@@ -114,9 +117,7 @@ def quality(
     passages: Annotated[int | None, typer.Option(min=1, help="Passages of 1,000 to 3,000 tokens.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="4 passages: a first impression.")] = False,
     rest_tokens: Annotated[int | None, typer.Option(min=2, max=900, help="Tokens to predict.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
-    ] = None,
+    model: Model = None,
     cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model.")] = None,
     svg: Annotated[str | None, typer.Option(metavar="FILE", help="Draw size against loss.")] = None,
     as_json: Json = None,
@@ -200,11 +201,9 @@ def ttft(
     redis_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Redis to use. Default: a server of our own.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
-    ] = None,
-    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model and logs.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a prompt.")] = None,
+    model: Model = None,
+    cache_dir: LogDir = None,
+    prompt_tokens: PromptTokens = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Different prompts after the warm-up.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Warm requests per prompt and tier.")] = None,
     as_json: Json = None,
@@ -234,11 +233,9 @@ def ttft(
 @app.command("gate", epilog="Example: kvstrata bench gate --pairs 10 --json gate.json")
 def gate(
     *,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
-    ] = None,
-    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model and logs.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a prompt.")] = None,
+    model: Model = None,
+    cache_dir: LogDir = None,
+    prompt_tokens: PromptTokens = None,
     speeds: Annotated[
         list[float] | None,
         typer.Option(
@@ -273,11 +270,9 @@ def link(
             "--speed", min=0.1, help="Of the link, MB/s; may be given again. Default: 50, 200, 1000."
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the model. Default: SmolLM2-135M.")
-    ] = None,
-    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model and logs.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a prompt.")] = None,
+    model: Model = None,
+    cache_dir: LogDir = None,
+    prompt_tokens: PromptTokens = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Requests for each codec and speed.")] = None,
     svg: Annotated[str | None, typer.Option(metavar="FILE", help="Draw times against speeds.")] = None,
     as_json: Json = None,

@@ -36,6 +36,7 @@ from kvstrata.codecs.pages import (
     keys_and_values,
     kv_shape,
     layers_at_once,
+    room_tokens,
     store_float32,
     to_float32,
     unpack,
@@ -226,8 +227,7 @@ def _fill(into: memoryview, what: PayloadDescription, exact: Array, restorer: Re
     num_exact, rows = exact.shape[2], heads * dims
     at_once = layers_at_once(layers, 2 * rows * tokens)
     numbers = np.empty((at_once * 2 * rows, tokens - num_exact), np.float32)
-    room = what.layout.num_blocks(tokens) * what.layout.block_size
-    elements = np.zeros((at_once, 2, room, rows), ELEMENTS[what.dtype])
+    elements = np.zeros((at_once, 2, room_tokens(what), rows), ELEMENTS[what.dtype])
     targets = keys_and_values(into, what)
     for first in range(0, layers, at_once):
         these = slice(first, min(first + at_once, layers))

@@ -115,6 +115,11 @@ def kv_shape(what: PayloadDescription) -> tuple[int, int, int, int, int]:
     return len(what.layout.page_bytes), 2, what.num_tokens, heads, dims
 
 
+def room_tokens(what: PayloadDescription) -> int:
+    """Tokens that the payload's blocks have room for."""
+    return what.layout.num_blocks(what.num_tokens) * what.layout.block_size
+
+
 def keys_and_values(payload: memoryview, what: PayloadDescription) -> tuple[Array, Array]:
     """Views of all keys and of all values of a payload, which may be written through.
 
@@ -148,8 +153,7 @@ def unpack(payload: memoryview, what: PayloadDescription) -> Array:
         LayoutError: such a payload cannot be unpacked.
     """
     layers, two, tokens, heads, dims = kv_shape(what)
-    room = what.layout.num_blocks(tokens) * what.layout.block_size
-    kv = np.empty((layers, two, room, heads, dims), ELEMENTS[what.dtype])
+    kv = np.empty((layers, two, room_tokens(what), heads, dims), ELEMENTS[what.dtype])
     for index, view in enumerate(keys_and_values(payload, what)):
         _in_digits(kv, index, view)[...] = view
     return kv[:, :, :tokens]
@@ -164,7 +168,7 @@ def pack(kv: Array, what: PayloadDescription, into: memoryview) -> None:
     layers, two, tokens, heads, dims = kv_shape(what)
     if kv.shape != (layers, two, tokens, heads, dims):
         raise LayoutError(f"KV of shape {kv.shape}, expected {(layers, two, tokens, heads, dims)}")
-    room = what.layout.num_blocks(tokens) * what.layout.block_size
+    room = room_tokens(what)
     if room != tokens:
         kv = np.pad(kv, ((0, 0), (0, 0), (0, room - tokens), (0, 0), (0, 0)))
     for index, view in enumerate(keys_and_values(into, what)):

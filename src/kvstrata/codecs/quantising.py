@@ -21,6 +21,7 @@ from kvstrata.codecs.pages import (
     keys_and_values,
     kv_shape,
     layers_at_once,
+    room_tokens,
     to_float32,
     why_opaque,
 )
@@ -138,25 +139,20 @@ class QuantisingCodec(Codec):
         if len(encoded) != scheme.encoded_bytes:
             raise corrupt(self.name, f"{len(encoded)} bytes for a payload of {what.payload_bytes}")
         restore = scheme.restorer(np.frombuffer(encoded, np.uint8))
-        both, room_tokens = keys_and_values(into, what), _room_tokens(what)
+        both, room = keys_and_values(into, what), room_tokens(what)
         for part in shape.parts():
             view = both[part.kind][part.layers]
-            if room_tokens == shape.tokens:
+            if room == shape.tokens:
                 restore(part, view)
             else:
-                room = np.zeros((len(view), room_tokens, shape.heads, shape.dims), view.dtype)
-                restore(part, room[:, : shape.tokens])
-                view[...] = room.reshape(view.shape)
+                blocks = np.zeros((len(view), room, shape.heads, shape.dims), view.dtype)
+                restore(part, blocks[:, : shape.tokens])
+                view[...] = blocks.reshape(view.shape)
 
 
 def _shape(what: PayloadDescription) -> Shape:
     layers, _, tokens, heads, dims = kv_shape(what)
     return Shape(layers, tokens, heads, dims, what.dtype)
-
-
-def _room_tokens(what: PayloadDescription) -> int:
-    """Tokens that the payload's blocks have room for."""
-    return what.layout.num_blocks(what.num_tokens) * what.layout.block_size
 
 
 def _quantise(
