@@ -167,6 +167,29 @@ def test_a_server_that_ignores_ranges_gives_right_answers(
     assert "ignores the Range header" in caplog.text
 
 
+def test_bodies_that_nobody_reads_are_let_go(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or their connections stay, for as long as something holds the answers."""
+    answers: list[Any] = []
+    get = obstore.get_async
+
+    async def get_and_hold(*arguments: Any, **options: Any) -> Any:
+        answers.append(await get(*arguments, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(obstore, "get_async", get_and_hold)
+    (key,) = make_keys(1)
+    with contextlib.closing(open_tier(url)) as tier:
+        tier.write([key], [make_frame(100_000)])
+        for tier._requests._part_bytes in (200_000, 16_384):
+            (miss,) = read_frames(tier, [key], room=99_999)
+            assert isinstance(miss, Miss)
+            assert miss.reason == MissReason.CORRUPT
+    assert len(answers) == 2
+    for answer in answers:
+        with pytest.raises(ValueError, match="disposed"):
+            answer.stream()
+
+
 class _Body:
     """An answer of which the last bytes are late."""
 

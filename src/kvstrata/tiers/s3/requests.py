@@ -106,8 +106,9 @@ class Requests:
             return None
         size, tag = first.meta["size"], first.meta["e_tag"]
         if size > len(buffer):
-            return _too_large(size, buffer)
+            return _too_large(first, buffer)
         if size > part and tag is None:
+            _leave(first)
             return None
 
         async def get_range(start: int) -> None:
@@ -171,7 +172,7 @@ class Requests:
 async def _copy_whole(result: GetResult, buffer: memoryview) -> int | Miss:
     size = result.meta["size"]
     if size > len(buffer):
-        return _too_large(size, buffer)
+        return _too_large(result, buffer)
     await _copy(result, buffer[:size])
     return size
 
@@ -186,5 +187,12 @@ async def _copy(result: GetResult, buffer: memoryview) -> None:
         raise ConnectionResetError(f"a body of {position} bytes, {len(buffer)} announced")
 
 
-def _too_large(size: int, buffer: memoryview) -> Miss:
-    return Miss(MissReason.CORRUPT, f"object of {size} bytes for a buffer of {len(buffer)}")
+def _too_large(result: GetResult, buffer: memoryview) -> Miss:
+    _leave(result)
+    return Miss(MissReason.CORRUPT, f"object of {result.meta['size']} bytes for a buffer of {len(buffer)}")
+
+
+def _leave(result: GetResult) -> None:
+    """Do without the body. The library may hold on to an answer until its next call, and so to a connection on
+    which the body waits; the stream that is taken out of it here, and not kept, it does not hold."""
+    result.stream()
