@@ -72,6 +72,55 @@ def test_an_estimate_of_when_a_load_ends_includes_those_before_it() -> None:
     assert gate.decide(NS, "disk", 1000, 150_000, 1.5).patience_seconds == pytest.approx(0.3)
 
 
+def burst(gate: Gate, ends: list[float], num_bytes: int = 100_000) -> None:
+    """Loads that begin at once, and end after so many seconds."""
+    decision = gate.decide(NS, "disk", 1000, num_bytes, 100.0)
+    for _ in ends:
+        gate.begun(decision, 100.0)
+    for seconds in ends:
+        gate.read("disk", num_bytes, seconds, 100.0 + seconds)
+
+
+@pytest.mark.parametrize(
+    ("ends", "alone"),
+    [
+        ([0.1 * number for number in range(1, 26)], 0.1),  # one after the other
+        ([2.5] * 25, 0.1),  # all share the link
+        ([0.1] * 25, 0.1),  # each has a link of its own
+        ([0.5 * number for number in range(1, 26)], 0.5),  # slower than before
+        ([0.05] * 25, 0.05),  # faster
+    ],
+)
+def test_what_loads_wait_for_each_other_is_forgotten_when_they_have_ended(
+    ends: list[float], alone: float
+) -> None:
+    gate = measured(read_bytes_per_second=1_000_000, prefill_tokens_per_second=1000)
+    burst(gate, ends)
+    decision = gate.decide(NS, "disk", 1000, 100_000, 103.0)
+    assert decision.load_seconds == pytest.approx(alone, rel=0.01)
+
+
+def test_while_loads_queue_their_waiting_counts() -> None:
+    gate = measured(read_bytes_per_second=1_000_000, prefill_tokens_per_second=1000)
+    decision = gate.decide(NS, "disk", 1000, 100_000, 100.0)
+    gate.begun(decision, 100.0)  # and does not end
+    burst(gate, [0.1 * number for number in range(1, 26)])
+    assert verdict(gate, 1000, 100_000, 103.0) == Verdict.RECOMPUTE
+    gate.read("disk", 100_000, 3.0, 103.0)
+    assert verdict(gate, 1000, 100_000, 103.0) == Verdict.LOAD
+
+
+def test_several_loads_that_bring_nothing_measure_nothing() -> None:
+    gate = Gate()
+    gate.prefilled(NS, 1000, 1.0)
+    decision = gate.decide(NS, "disk", 1000, 1000, 1.0)
+    gate.begun(decision, 1.0)
+    gate.begun(decision, 1.0)
+    for _ in range(2):
+        gate.read("disk", 0, 1.0, 2.0)
+    assert gate.decide(NS, "disk", 1000, 1000, 2.0).load_seconds is None
+
+
 def test_each_tier_and_namespace_counts_for_itself() -> None:
     gate = measured(read_bytes_per_second=10, prefill_tokens_per_second=1000)
     gate.read("redis", 10_000, 1.0, 0.0)

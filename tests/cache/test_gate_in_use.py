@@ -342,9 +342,14 @@ def test_loads_that_queue_behind_others_are_not_late(monkeypatch: pytest.MonkeyP
                 core.clock.now += 0.1
                 for waiting in range(number, len(prompts)):
                     assert core.look_up(prompts[waiting], f"r{waiting}").pending
+                core.read_seconds = 0.1 * (number + 1)
                 reads.pop(0)()
                 wait_until(lambda: not core.look_up(each, f"r{number}").pending, "it is loaded")  # noqa: B023
                 assert core.look_up(each, f"r{number}").num_tokens == len(each)
+                core.cache.release("o", f"r{number}")
+        core.cache.clear(tiers=False)
+        core.read_seconds = 0.1
+        assert core.ttft(ASKED, "alone")[1] == pytest.approx(0.1, abs=0.01), "it queues behind nobody"
 
 
 def test_a_load_for_a_few_tokens_does_not_shorten_the_wait_for_what_is_before_them(

@@ -1,10 +1,10 @@
 """The gate: load or recompute. Nothing is loaded that is not measured to load clearly faster than it is recomputed.
 
 Estimates come from what was seen. Of a tier: the latency of its look-ups, and seconds per byte of its reads
-(queueing and decoding included), or of its writes until it was read from. Of an engine: seconds per token of its
-prefill; without it everything is loaded. Where nothing is known of the tier, or what is known says "recompute" and
-is old, one load at a time is **tried**: its request waits for it no longer than :data:`TRIAL_SHARE` of the time
-that computing takes, and the load goes on to be measured.
+(decoding included, and queueing for as long as others are under way), or of its writes until it was read from. Of
+an engine: seconds per token of its prefill; without it everything is loaded. Where nothing is known of the tier, or
+what is known says "recompute" and is old, one load at a time is **tried**: its request waits for it no longer than
+:data:`TRIAL_SHARE` of the time that computing takes, and the load goes on to be measured.
 
 A load that takes much longer than estimated is **given up**: no request waits for it any more, and it goes on to be
 measured. None waits for a load longer than computing takes (docs/adr/0017).
@@ -16,6 +16,8 @@ import enum
 from collections.abc import Sequence
 
 import msgspec
+
+from kvstrata.cache.rates import Rate, TierRates
 
 MODES = ("auto", "always", "never")
 """Load what is measured to be faster than computing; load all that tiers hold; load nothing from them."""
@@ -32,9 +34,6 @@ HICCUP_SHARE = 0.25
 of the backend or a lost packet costs less than computing; a link that has become slow costs one request no more."""
 _SLOWER = 1.1
 """A read that took so many times its estimate is what the tier is like now."""
-_KEPT = 0.7
-_LEAST_TRANSFER_SHARE = 0.1
-"""Of the seconds of a read: the latency is an estimate too, and may be too high."""
 
 
 class Verdict(enum.StrEnum):
@@ -60,60 +59,6 @@ class Decision(msgspec.Struct, frozen=True):
     """How long a request may wait for this load; None: as long as for anything."""
 
 
-class Rate:
-    """Seconds per unit: decaying sums, so that large measurements count for more than small ones."""
-
-    __slots__ = ("_seconds", "_units")
-
-    def __init__(self) -> None:
-        self._units = 0.0
-        self._seconds = 0.0
-
-    @property
-    def value(self) -> float | None:
-        """None before the first measurement."""
-        return self._seconds / self._units if self._units else None
-
-    def is_typical(self, units: int) -> bool:
-        """Whether so many units are no small measurement, next to those before."""
-        return units >= (1 - _KEPT) * self._units / 2
-
-    def restart(self) -> None:
-        """Forget what was measured."""
-        self._units = self._seconds = 0.0
-
-    def add(self, units: int, seconds: float) -> bool:
-        """Take a measurement in; False when it is none."""
-        if units <= 0 or seconds <= 0:
-            return False
-        self._units = _KEPT * self._units + units
-        self._seconds = _KEPT * self._seconds + seconds
-        return True
-
-
-class _TierRates:
-    __slots__ = ("free_at", "latency", "measured_at", "reads", "tried_at", "writes")
-
-    def __init__(self) -> None:
-        self.latency = Rate()
-        self.reads = Rate()
-        self.writes = Rate()
-        self.measured_at = 0.0
-        self.tried_at: float | None = None
-        """Since when a trial is under way."""
-        self.free_at = 0.0
-        """When the loads that were begun have ended, if they take what was estimated."""
-
-    def add(self, rate: Rate, num_bytes: int, seconds: float, now: float) -> None:
-        """Take a read or a write in: what exceeds the latency is the transfer's."""
-        seconds = max(seconds - (self.latency.value or 0.0), _LEAST_TRANSFER_SHARE * seconds)
-        if rate.add(num_bytes, seconds):
-            self.measured_at = now
-
-    def load_seconds(self, per_byte: float | None, num_bytes: int) -> float | None:
-        return None if per_byte is None else (self.latency.value or 0.0) + per_byte * num_bytes
-
-
 class Gate:
     """Decides per tier how much of a found prefix is worth loading. Guarded by the core's lock."""
 
@@ -123,10 +68,10 @@ class Gate:
         if self.mode not in MODES:
             raise ValueError(f"gate {mode!r}; allowed are {', '.join(MODES)}")
         self._prefill: dict[bytes, Rate] = {}
-        self._tiers: dict[str, _TierRates] = {}
+        self._tiers: dict[str, TierRates] = {}
 
-    def _rates(self, tier: str) -> _TierRates:
-        return self._tiers.setdefault(tier, _TierRates())
+    def _rates(self, tier: str) -> TierRates:
+        return self._tiers.setdefault(tier, TierRates())
 
     # What is measured
 
@@ -148,6 +93,7 @@ class Gate:
             rates.reads.restart()
         rates.tried_at = None
         rates.add(rates.reads, num_bytes, seconds, now)
+        rates.end(num_bytes, now)
 
     def wrote(self, tier: str, num_bytes: int, seconds: float, now: float) -> None:
         """A tier took ``num_bytes`` of a payload. That counts until it was read from."""
@@ -156,8 +102,9 @@ class Gate:
             rates.add(rates.writes, num_bytes, seconds, now)
 
     def begun(self, decision: Decision, now: float) -> None:
-        """A load begins that was let through."""
+        """A load begins that was let through. Once it has ended, ``read`` is called."""
         rates = self._rates(decision.tier)
+        rates.begin(now)
         if decision.verdict is Verdict.TRIAL:
             rates.tried_at = now
         elif decision.load_seconds is not None:
