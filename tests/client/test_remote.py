@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import pytest
 
 from kvstrata.client import RemoteClient
 from kvstrata.config import Settings
-from kvstrata.testing.client import Join, SharedClientContract, Start
+from kvstrata.testing.client import (
+    Join,
+    SharedClientContract,
+    Start,
+    look,
+    prompt,
+    small_settings,
+    store,
+    wait_lookup,
+)
 from kvstrata.testing.forked import ForkedServer, ServerHost
 
 Servers = list[ForkedServer]
@@ -86,3 +96,41 @@ class TestFromAnotherHost(RemoteContract):
     def before_connecting(self, host: ServerHost) -> None:
         for path in host.directory.glob("*.pool"):
             path.unlink()
+
+    def test_loads_of_one_step_do_not_add_up_their_waits(
+        self, start: Start, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = start(small_settings())
+        assert isinstance(client, RemoteClient)
+        asked = prompt(200, seed=1)
+        store(client, asked)
+        hit = wait_lookup(client, "r", asked)
+        servers[-1].end()
+        waits: list[float] = []
+        monkeypatch.setattr(client, "wait_connected", waits.append)
+        for _ in range(5):
+            assert client.payloads("r", 0, hit, asked.namespace) is None
+        assert [seconds > 0 for seconds in waits] == [True, False, False, False, False]
+
+    def test_a_load_waits_again_for_a_server_that_had_returned(
+        self, start: Start, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = start(small_settings())
+        assert isinstance(client, RemoteClient)
+        asked = prompt(200, seed=1)
+        store(client, asked)
+        hit = wait_lookup(client, "r", asked)
+        monkeypatch.setattr(client, "_timeout_seconds", 0.05)
+        servers[-1].send(signal.SIGSTOP)
+        for _ in range(2):
+            assert client.payloads("r", 0, hit, asked.namespace) is None
+        monkeypatch.undo()
+        servers[-1].send(signal.SIGCONT)
+        assert client.wait_connected(10)
+        assert look(client, "again", asked) == 200
+        servers[-1].end()
+        waits: list[float] = []
+        monkeypatch.setattr(client, "wait_connected", waits.append)
+        assert client.payloads("r", 0, hit, asked.namespace) is None
+        assert waits
+        assert waits[0] > 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
 from simulated import expected_answer
 from vllm.lora.request import LoRARequest
 
 import kvstrata.integrations.vllm.connector as connector_module
-from kvstrata.client import LocalClient
+from kvstrata.client import LocalClient, RemoteClient
 from kvstrata.config import Settings
+from kvstrata.testing.forked import ServerHost
+from kvstrata.testing.waiting import wait_until
 from kvstrata.types import PENDING
 
 PROMPT = [17 * n % 50_000 for n in range(1, 201)]
@@ -415,6 +418,36 @@ def test_a_reset_covers_what_a_step_under_way_stores(make_engine, overlap, num_r
     engine.scheduler.reset_prefix_cache()
     engine.ask("c", PROMPT)
     assert engine.num_computed == len(PROMPT) + 1, "and then it is used as ever"
+
+
+def test_a_reset_reaches_a_server_that_is_away(make_engine, monkeypatch, tmp_path):
+    """New weights while the server is down: what its disk still holds must not be used once it is back."""
+    tier = {"kind": "disk", "path": str(tmp_path), "max_bytes": 1 << 30}
+    settings = Settings(max_local_cpu_size=0.02, gate="always", tiers=(tier,))
+    with ServerHost() as host:
+        endpoint = f"ipc://{host.directory}/control"
+
+        def connect(*_, name, map_pool, **__):
+            remote = RemoteClient(endpoint, name, map_pool=map_pool)
+            assert remote.wait_connected(20)
+            return remote
+
+        monkeypatch.setattr(connector_module, "connect", connect)
+        server = host.start(settings, endpoint=endpoint)
+        engine = make_engine()
+        engine.ask("a", PROMPT)
+        server.end(signal.SIGTERM)  # it writes what is queued
+        assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+        with host.start(settings, endpoint=endpoint):
+            for side in (engine.connector._scheduler, engine.workers[0]._worker):
+                wait_until(lambda client=side._client: client.connected, "it has found the server")
+            engine.num_computed = 0
+            assert engine.ask("b", PROMPT) == expected_answer(PROMPT, 1)
+            assert engine.num_computed == len(PROMPT)
+            engine.scheduler.reset_prefix_cache()
+            engine.ask("c", PROMPT)
+            assert engine.num_computed == len(PROMPT) + 1, "and then it is used as ever"
+            engine.close()
 
 
 def test_what_was_computed_while_the_server_was_away_is_offered_later(make_engine, client, monkeypatch, log):

@@ -139,12 +139,13 @@ class Client(ABC):
         """Tell the metrics of a copy from a device to L1 (``is_store``) or back. Does not wait."""
 
     @abstractmethod
-    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
+    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int | None:
         """Drop everything of a namespace, or all, from L1 now and from the tiers in the background.
 
         With ``tiers`` false only L1 is emptied; what the tiers hold stays, and is read again when asked for.
 
-        Returns the number of L1 entries dropped. Until a tier is cleared it answers no look-up.
+        Returns the number of L1 entries dropped; None when nobody has said that it is done, which it may be or
+        not: who must not see what was stored before asks again. Until a tier is cleared it answers no look-up.
         """
 
     @abstractmethod

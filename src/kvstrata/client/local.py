@@ -113,9 +113,9 @@ class LocalClient(Client):
     def report_move(self, num_bytes: int, seconds: float, *, is_store: bool) -> None:
         self.cache.metrics.device_moved(num_bytes, seconds, is_store=is_store)
 
-    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
+    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int | None:
         if self._closed:
-            return 0
+            return None
         return self.cache.clear(None if namespace is None else self.cache.intern(namespace), tiers=tiers)
 
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:

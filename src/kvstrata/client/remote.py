@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kvstrata.client.base import Client, Reservation
@@ -17,10 +17,14 @@ from kvstrata.types import NO_HIT, PENDING, Hit, Namespace, Piece, Prefix
 
 logger = logging.getLogger(__name__)
 
-_COMMIT_HASHES = 1024
-"""Chunks of one commit: each may come with a part of its payload, and a message has a bounded number of parts."""
+_PART_HASHES = 1024
+"""Chunks of one commit or fetch: each may come with its payload, and a message has a bounded number of parts."""
+_PART_BYTES = 64 << 20
+"""Of one fetch, about: each has the time of a request, and meanwhile the server answers nobody else."""
 _RETRY_SECONDS = 1.0
 """Pause between attempts to greet a server, or to have it restarted, on one connection."""
+_WAIT_PAUSE_SECONDS = 10.0
+"""After a load waited for the server in vain, others do not wait: those of one step would add their waits up."""
 
 
 class RemoteClient(Client):
@@ -64,6 +68,8 @@ class RemoteClient(Client):
         self._next_attempt_at = 0.0
         self._welcome_by = 0.0
         """Until when a server that has just come (back) is expected to let us in: a look-up may wait for that."""
+        self._no_waits_before = 0.0
+        """While it is away: from when on a load may wait for it (again)."""
         self._registered: set[bytes] = set()
         self._refused: set[bytes] = set()
         """Namespaces that this server does not take; it has said why."""
@@ -115,6 +121,7 @@ class RemoteClient(Client):
             self._welcome_by = 0.0
             return False
         self._welcome = reply
+        self._no_waits_before = 0.0
         self._registered.clear()
         self._refused.clear()
         self._chunk_size = reply.chunk_size
@@ -231,7 +238,7 @@ class RemoteClient(Client):
             return []
         sizes = [namespace.layout.payload_bytes(piece.num_tokens) for piece in hit.pieces]
         pool = self.mapped_pool(hit.pool_id)
-        if pool is None and self.wait_connected(self._timeout_seconds):  # the server may be new to us
+        if pool is None and self._is_found():
             pool = self.mapped_pool(hit.pool_id)
         if pool is not None:
             return [pool[o : o + size] for o, size in zip(hit.offsets[shard], sizes, strict=True)]
@@ -239,14 +246,24 @@ class RemoteClient(Client):
         if fingerprint is None:
             return None
         hashes = tuple(piece.chunk_hash for piece in hit.pieces)
-        return self._fetch(m.Fetch(request_id, shard, fingerprint, hashes), sizes)
+        fetched: list[memoryview] = []
+        for part in _parts(sizes):
+            match self._ask(m.Fetch(request_id, shard, fingerprint, hashes[part])):
+                case (m.Fetched(found=True), payloads) if [len(p) for p in payloads] == sizes[part]:
+                    fetched += payloads
+                case _:
+                    return None
+        return fetched
 
-    def _fetch(self, message: m.Fetch, sizes: list[int]) -> list[memoryview] | None:
-        match self._ask(message):
-            case (m.Fetched(found=True), payloads) if [len(p) for p in payloads] == sizes:
-                return list(payloads)
-            case _:
-                return None
+    def _is_found(self) -> bool:
+        """Whether there is a server now. It may be new to us: then this waits for it, unless that was in vain."""
+        now = time.monotonic()
+        wait_seconds = self._timeout_seconds if now >= self._no_waits_before else 0.0
+        if self.wait_connected(wait_seconds):
+            return True
+        if wait_seconds:
+            self._no_waits_before = now + _WAIT_PAUSE_SECONDS
+        return False
 
     def reserve(
         self,
@@ -282,8 +299,8 @@ class RemoteClient(Client):
         inline = self.mapped_pool(reservation.pool_id) is None
         payloads = [b for b in reservation.buffers if b is not None] if inline else []
         hashes = reservation.end()
-        for start in range(0, len(hashes), _COMMIT_HASHES):
-            part = slice(start, start + _COMMIT_HASHES)
+        for start in range(0, len(hashes), _PART_HASHES):
+            part = slice(start, start + _PART_HASHES)
             self._end(reservation, m.Commit(reservation.shard, hashes[part]), payloads[part])
 
     def abort(self, reservation: Reservation) -> None:
@@ -312,17 +329,17 @@ class RemoteClient(Client):
         if self.connected:
             self._tell(m.ReportMove(is_store, num_bytes, seconds))
 
-    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int:
+    def clear(self, namespace: Namespace | None = None, *, tiers: bool = True) -> int | None:
         fingerprint = None
         if namespace is not None:
             fingerprint = self._register(namespace)
             if fingerprint is None:
-                return 0
+                return None
         match self._ask(m.Clear(fingerprint, tiers)):
             case (m.Cleared(entries=entries), _):
                 return entries
             case _:
-                return 0
+                return None
 
     def keys(self, prefix: str = "", limit: int = 1000) -> list[str]:
         match self._ask(m.ListKeys(prefix, limit)):
@@ -352,3 +369,14 @@ class RemoteClient(Client):
             self._pools.close()
             if self._on_close is not None:
                 self._on_close()
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """Which payloads of those sizes are fetched together."""
+    start = part_bytes = 0
+    for end, size in enumerate(sizes):
+        if end > start and (end - start == _PART_HASHES or part_bytes + size > _PART_BYTES):
+            yield slice(start, end)
+            start, part_bytes = end, 0
+        part_bytes += size
+    yield slice(start, len(sizes))

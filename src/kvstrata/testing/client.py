@@ -280,7 +280,9 @@ class ClientContract:
         asked = prompt(5000, seed=1, namespace=space)
         assert store(client, asked) == 5000
         assert client.stats()["l1"]["reservations"] == 0
-        assert client.lookup("r", space, asked.prefix).num_tokens == 5000
+        hit = client.lookup("r", space, asked.prefix)
+        assert hit.num_tokens == 5000
+        check_payloads(client, "r", hit, space)
 
     def test_no_pieces(self, client: Client) -> None:
         reservation = client.reserve(make_namespace(), 0, [])
@@ -469,7 +471,7 @@ class ClientContract:
         client.abort(reservation)
         client.release("r")
         client.report_prefill(asked.namespace, 10, 1.0)
-        assert (client.clear(), client.keys(), client.stats()) == (0, [], {})
+        assert (client.clear(), client.keys(), client.stats()) == (None, [], {})
 
     # Lower tiers
 

@@ -82,6 +82,8 @@ class SchedulerSide:
         self._num_ended_steps = 0
         self._clear_behind = 0
         """The last step that was planned before a clear: until it has ended it may store what is to be gone."""
+        self._owes_clear = False
+        """Whether no server has said yet that it has carried the clear out."""
 
     @property
     def namespace(self) -> Namespace | None:
@@ -208,6 +210,8 @@ class SchedulerSide:
     def plan_step(self, output: SchedulerOutput) -> StepMetadata:
         """vLLM's ``build_connector_meta``: what the workers are to load before and store after this step."""
         self._num_planned_steps += 1
+        if self._owes_clear and self._client.connected:
+            self._drop_stored()
         loads, self._planned = tuple(self._planned), []
         stores = tuple(
             op
@@ -303,7 +307,8 @@ class SchedulerSide:
         """Drop everything that is cached for this engine's namespace, for example because of new weights.
 
         Steps that are under way (vLLM schedules ahead) store what they compute after this. So nothing is looked
-        up or stored until they have ended, and then everything is dropped once more.
+        up or stored until they have ended, and then everything is dropped once more. Nor before the server has
+        carried it out: one that is away is told when it is back, as its tiers still hold everything.
         """
         self._clear_behind = self._num_planned_steps
         self._drop_stored()
@@ -316,11 +321,11 @@ class SchedulerSide:
 
     @property
     def _is_clearing(self) -> bool:
-        return self._num_ended_steps < self._clear_behind
+        return self._owes_clear or self._num_ended_steps < self._clear_behind
 
     def _drop_stored(self) -> None:
-        if self.namespace is not None:
-            self._client.clear(self._namespace)
+        namespace = self.namespace
+        self._owes_clear = namespace is None or self._client.clear(namespace) is None
 
     def close(self) -> None:
         """Disconnect; the server ends what is left of the leases."""
