@@ -240,6 +240,26 @@ def test_a_broken_plugin_costs_a_miss_and_no_slot(how: str) -> None:
         assert cache.l1_stats()["used_bytes"] == 0
 
 
+@pytest.mark.parametrize("step", ["read_buffer", "accept_frame"])
+def test_want_of_memory_costs_a_miss_and_neither_slot_nor_entry(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    asked, tier = prompt(325, seed=1), DictTier()
+    with open_core([tier], pool_bytes=POOL_BYTES) as cache:
+        put(cache, asked)
+        cache.clear(tiers=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kvstrata.cache.io.{step}", fail)
+            assert get(cache, asked).miss_reason is MissReason.NO_SPACE
+            settle(cache)
+        assert cache.l1_stats()["used_bytes"] == 0
+        assert tier.contains(keys_of(asked)) == [True] * len(asked.pieces)
+        assert get(cache, asked).num_tokens == 325
+
+
 # A tier that is down, slow, or comes back
 
 

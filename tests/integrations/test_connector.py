@@ -6,6 +6,7 @@ import random
 import signal
 
 import pytest
+import simulated
 from simulated import expected_answer
 from vllm.lora.request import LoRARequest
 
@@ -333,6 +334,27 @@ def test_salts_and_adapters_do_not_share(make_engine):
     moved = make_engine()
     moved.ask("e", PROMPT, lora_request=LoRARequest("adapter", 1, "/path/two"))
     assert moved.num_computed == 200
+
+
+def test_weights_that_are_replaced_while_an_engine_runs(make_engine, tmp_path):
+    """What an engine stores is of the weights that it has loaded, whatever lies there since."""
+    folder = simulated.model_folder(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"old")
+    engine = simulated.Engine(folder, extra_config={"chunk_size": 32})
+    weights.write_bytes(b"new")
+    engine.ask("a", PROMPT)
+    other = simulated.Engine(folder, extra_config={"chunk_size": 32})
+    other.ask("b", PROMPT)
+    assert other.num_computed == len(PROMPT)
+
+
+def test_weights_that_cannot_be_read_are_not_cached_for(make_engine, tmp_path, log):
+    folder = simulated.model_folder(tmp_path / "model")
+    (folder / "model.safetensors").symlink_to("nowhere")
+    engine = simulated.Engine(folder)
+    assert engine.ask("a", PROMPT) == expected_answer(PROMPT, 1)
+    assert any("weights" in message for message in log())
 
 
 def test_the_chunk_size_is_rounded_up_to_blocks(make_engine, log):

@@ -353,13 +353,12 @@ class Cache:
             for entry in held:
                 entry.leases += 1
         starts = [entry.offset + HEADER_BYTES for entry in held]
-        copies = [
-            bytes(self.pool[start : start + e.payload_bytes]) for start, e in zip(starts, held, strict=True)
-        ]
-        with self._lock:
-            for entry in held:
-                self._l1.unlease(entry)
-        return copies
+        try:
+            return [bytes(self.pool[at : at + e.payload_bytes]) for at, e in zip(starts, held, strict=True)]
+        finally:  # also when there is no memory for copies
+            with self._lock:
+                for entry in held:
+                    self._l1.unlease(entry)
 
     def reserved_payload(self, owner: str, shard: int, chunk_hash: bytes) -> memoryview | None:
         """The payload of a reservation, for a client that cannot map the pool."""

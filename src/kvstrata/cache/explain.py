@@ -178,7 +178,9 @@ def _detail(lookup: Lookup, reason: MissReason | None, tier_names: Sequence[str]
         case MissReason.GATED:
             return "loading it took longer than it was worth waiting for, and was given up"
         case MissReason.NO_SPACE:
-            return "l1 had no room to load it: all of it is in use"
+            return (
+                "l1 had no room to load it, as all of it is in use, or the process had no memory to decode it"
+            )
         case _:
             return f"a tier could not deliver what it holds: {reason.value}"
 

@@ -181,16 +181,7 @@ class TierIO:
 
     def _read_batch(self, batch: Sequence[Transfer], reading: _Reading, done: ReadDone) -> None:
         started = time.monotonic()
-        buffers = [read_buffer(transfer, self.codec) for transfer in batch]
-        keys = [transfer.key for transfer in batch]
-        size = sum(len(t.payload) for t in batch)
-        results = None
-        if not self.breaker.is_open:
-            results = self._call("read", size, lambda: self.tier.read(keys, buffers))
-        if results is None or len(results) != len(batch):
-            outcome: list[Miss | None] = [Miss(MissReason.TIER_DOWN)] * len(batch)
-        else:
-            outcome = [self._accept(*each) for each in zip(batch, buffers, results, strict=True)]
+        outcome = self._fetch(batch)
         bad = []
         for transfer, miss in zip(batch, outcome, strict=True):
             if miss is not None:
@@ -207,6 +198,19 @@ class TierIO:
         if bad:
             self.delete(bad)
 
+    def _fetch(self, batch: Sequence[Transfer]) -> list[Miss | None]:
+        """Read frames into their slots; what became of each."""
+        buffers, error = attempt(lambda: [read_buffer(transfer, self.codec) for transfer in batch])
+        if buffers is None:
+            logger.error("tier %s: %d entries cannot be read: %r", self.name, len(batch), error)
+            return [Miss(MissReason.NO_SPACE)] * len(batch)
+        keys = [transfer.key for transfer in batch]
+        read, size = partial(self.tier.read, keys, buffers), sum(len(t.payload) for t in batch)
+        results = None if self.breaker.is_open else self._call("read", size, read)
+        if results is None or len(results) != len(batch):
+            return [Miss(MissReason.TIER_DOWN)] * len(batch)
+        return [self._accept(*each) for each in zip(batch, buffers, results, strict=True)]
+
     def _say_once(self, key: str, detail: str) -> None:
         """An entry that others can read: it stays, and one line in the log is enough for all of its kind."""
         if detail not in self._said_codecs and len(self._said_codecs) < _MAX_SAID:
@@ -220,6 +224,9 @@ class TierIO:
         if not 0 <= result <= len(buffer):
             return Miss(MissReason.CORRUPT, f"{result} bytes in a buffer of {len(buffer)}")
         miss, error = attempt(lambda: accept_frame(transfer, buffer[:result], self._decoders))
+        if isinstance(error, MemoryError):  # nothing is wrong with the frame: it is not to be deleted
+            logger.error("tier %s: no memory to decode entry %s", self.name, transfer.key)
+            return Miss(MissReason.NO_SPACE)
         if error is not None:
             logger.error("tier %s: a codec broke its contract", self.name, exc_info=error)
             return Miss(MissReason.CORRUPT, str(error))

@@ -24,7 +24,12 @@ from kvstrata.client.base import Client
 from kvstrata.config import DEFAULT, Resolved, load_settings
 from kvstrata.errors import LayoutError
 from kvstrata.integrations.vllm.metadata import Handshake, StepMetadata, WorkerReport
-from kvstrata.integrations.vllm.namespace import build_namespace, common_layout, round_chunk_size
+from kvstrata.integrations.vllm.namespace import (
+    build_namespace,
+    common_layout,
+    model_fingerprint,
+    round_chunk_size,
+)
 from kvstrata.integrations.vllm.scheduler import SchedulerSide
 from kvstrata.integrations.vllm.stats import ConnectorMetrics, ConnectorStats
 from kvstrata.integrations.vllm.support import is_mla, kernel_text, page_reader, why_unsupported
@@ -115,6 +120,11 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             logger.warning("%s", notice)
         if self._refuse(self._refusal):
             return
+        try:
+            self._model_fingerprint = model_fingerprint(self._vllm_config.model_config)
+        except OSError as error:
+            self._refuse(f"the model's weights cannot be told apart from others: {error}")
+            return
         transfer = self._kv_transfer_config
         if transfer.kv_load_failure_policy != "recompute":
             # vLLM's default fails the request; it reads the policy right after making its connector.
@@ -148,6 +158,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         namespace = build_namespace(
             self._vllm_config,
             common_layout(self._layouts),
+            fingerprint=self._model_fingerprint,
             num_shards=self._num_shards,
             chunk_size=round_chunk_size(chunk_size, self._block_size),
         )

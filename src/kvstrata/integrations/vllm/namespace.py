@@ -38,15 +38,15 @@ def round_chunk_size(wanted: int, block_size: int) -> int:
 
 
 def build_namespace(
-    vllm_config: VllmConfig, layout: KVLayout, *, num_shards: int, chunk_size: int
+    vllm_config: VllmConfig, layout: KVLayout, *, fingerprint: str, num_shards: int, chunk_size: int
 ) -> Namespace:
-    """The namespace of this engine. ``chunk_size`` is a multiple of the block size."""
+    """The namespace of this engine. ``fingerprint`` is the model's, ``chunk_size`` a multiple of the block size."""
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     return Namespace(
         engine="vllm",
         model_name=str(model.model),
-        model_fingerprint=model_fingerprint(model),
+        model_fingerprint=fingerprint,
         kv_dtype=str(vllm_config.cache_config.cache_dtype),
         world_size=num_shards,
         parallel_shape=f"tp{parallel.tensor_parallel_size}pp{parallel.pipeline_parallel_size}"
@@ -84,7 +84,11 @@ def model_fingerprint(model: ModelConfig) -> str:
     """Hex digest of what the model is: configuration, element type, quantisation, weights.
 
     Weights count by a sample of their bytes where they are local files, so that a model that was trained
-    further in place is another model, and by the revision otherwise.
+    further in place is another model, and by the revision otherwise. So this is to be called when the engine has
+    loaded them, not when they may have been replaced.
+
+    Raises:
+        OSError: they cannot be read (any more).
     """
     config = model.hf_config.to_dict()
     facts = {
