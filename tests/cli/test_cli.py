@@ -124,7 +124,7 @@ def test_without_arguments_it_shows_help_and_fails() -> None:
         (["server", "--set", "gat=1"], "did you mean 'gate'?"),
         (["server", "--set", "port=1", "--port", "2"], "port is given twice"),
         (["server", "--config", "/nowhere.yaml"], "configuration file /nowhere.yaml cannot be read"),
-        (["keys", "list"], "no tier is configured (there is: none); give --tier URL"),
+        (["keys", "list"], "no tier is configured; give --tier URL"),
         (["keys", "list", "--tier", "far"], "no tier 'far' is configured"),
         (["keys", "list", "--tier", "s4://x"], "this version has tiers for"),
         (["keys", "list", "--tier", "file:///nowhere"], "there is no directory /nowhere"),
@@ -199,6 +199,54 @@ def test_config_check(
     assert main(["config", "check", str(bad), "--json"]) == 2
     answer = json.loads(capsys.readouterr().out)
     assert (answer["ok"], "chunk_sise" in answer["error"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "remote_url: redis://h\nremote_serde: aesgcm\n",
+            "codec 'aesgcm' needs keys: set encryption_key_file",
+        ),
+        ("encryption_key_file: /no/such\n", "/no/such"),
+        ("local_cpu: false\n", "local_cpu is false and there is no other tier"),
+    ],
+)
+def test_config_check_notes_what_no_server_starts_with(
+    content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    assert main(["config", "check", str(file)]) == 0  # the rest may come from the environment
+    shown = capsys.readouterr()
+    assert shown.out == f"{file}: ok\n"
+    assert "with this file alone a server does not start" in shown.err
+    assert said in shown.err
+
+
+def test_config_check_of_what_is_no_redis_conf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary.conf").write_bytes(b"\xff")
+    for name, said in (("binary.conf", "not UTF-8"), ("nowhere.conf", "No such file")):
+        assert main(["config", "check", str(tmp_path / name)]) == 2
+        assert said in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://AKIA:geheim@bucket/p", "credentials in the URL are refused"),
+        ("file:///srv/kv", "must have `max_bytes`, in {'path': '/srv/kv'}"),
+    ],
+)
+def test_config_check_finds_wrong_urls(
+    url: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"remote_url: {url}\n")
+    assert main(["config", "check", str(file)]) == 2
+    line = error_line(capsys)
+    assert said in line
+    assert "geheim" not in line
 
 
 def test_config_docs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,15 @@ def test_ping(served: Served, shell: Shell, tmp_path: Path, capsys: pytest.Captu
         captured = capsys.readouterr()
         assert "does not answer" in captured.out
         assert "geheim" not in captured.out + captured.err
+    for target in ("localhost", "127.0.0.1:8080"):
+        assert main(["ping", target]) == 2
+        assert f"write http://{target}" in capsys.readouterr().err
+
+
+def test_ping_makes_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ping", f"disk://{tmp_path}/nowhere"]) == 2
+    assert "there is no directory" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize(

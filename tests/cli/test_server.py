@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstrata.cli import main
 from kvstrata.testing.process import ServerFailed, ServerProcess, free_port
 
 
@@ -74,6 +75,45 @@ def test_a_port_in_use_ends_in_one_clear_line(tmp_path: Path) -> None:
     assert "in use" in line
     assert "Traceback" not in log
     assert process.returncode in (1, 2)
+
+
+@pytest.mark.parametrize("host", ["300.1.2.3", "192.0.2.1"])
+def test_an_address_of_another_machine_is_told_from_a_port_in_use(
+    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["server", "--host", host, "--port", "5555", "--l1-size-gb", "0.01"]
+    assert main([*command, "--set", f"runtime_dir={tmp_path}"]) == 2
+    assert "this machine has no such address" in capsys.readouterr().err
+
+
+def test_it_serves_on_ipv6(tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "kvstrata.cli", "server", "--l1-size-gb", "0.01", "--json"]
+    command += ["--set", f"runtime_dir={tmp_path}", "--port", str(port), "--http-port", "0"]
+    log_path = tmp_path / "log"
+    arguments = ("--host", "::1", "--http-host", "::1")
+    with ServerProcess(
+        "kvstrata server",
+        [*command, *arguments],
+        log_path=log_path,
+        ready=lambda: "{" in log_path.read_text(),
+    ):
+        about = json.loads(next(line for line in log_path.read_text().splitlines() if line.startswith("{")))
+        assert about["url"] == f"tcp://[::1]:{port}"
+        for url in (about["url"], about["http"]):
+            assert main(["ping", url, "--count", "1"]) == 0
+
+
+def test_a_second_server_on_its_sockets_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    with server(tmp_path, port, free_port()):
+        command = ["server", "--port", str(port), "--l1-size-gb", "0.01", "--set", f"runtime_dir={tmp_path}"]
+        assert main(command) == 1
+    line = capsys.readouterr().err
+    assert "another kvstrata server is running" in line
+    assert "choose another port (--port) or another runtime_dir" in line
 
 
 def test_a_tier_that_cannot_be_opened_ends_in_one_clear_line(tmp_path: Path) -> None:

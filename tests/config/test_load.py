@@ -221,9 +221,8 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(
 def test_an_unknown_lmcache_variable_is_only_a_notice() -> None:
     resolved = load_settings({"LMCACHE_CHUNKSIZE": "5", "LMCACHE_EC_FOO": "1"})
     assert resolved.settings == Settings()
-    assert resolved.notices == (
-        "unknown environment variables, without effect: LMCACHE_CHUNKSIZE, LMCACHE_EC_FOO",
-    )
+    named = "LMCACHE_CHUNKSIZE (did you mean 'chunk_size'?), LMCACHE_EC_FOO"
+    assert resolved.notices == (f"unknown environment variables, without effect: {named}",)
 
 
 def test_lmcache_settings_without_effect_are_named_in_one_message(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_url_of_a_directory(kind: str) -> None:
     assert (config.kind, config.options["path"], config.options["max_bytes"]) == (kind, "/x y", 5)
     (config,) = configs(remote_url=f"{kind}:///x?max_bytes=7")
     assert (config.kind, config.options["path"], config.options["max_bytes"]) == (kind, "/x", 7)
-    with pytest.raises(ConfigError, match="missing required field `max_bytes`"):
+    with pytest.raises(ConfigError, match="must have `max_bytes`"):
         configs(remote_url=f"{kind}:///x")
     with pytest.raises(ConfigError, match=rf"tiers\[0\] .* expected a path or a {kind}:// URL"):
         configs(tiers=[{"url": f"{kind}://"}])
@@ -70,7 +70,7 @@ def test_the_url_of_a_directory(kind: str) -> None:
         ({}, "it needs 'kind' or 'url'"),
         ({"kind": "dsik"}, "no tier 'dsik' in this version (did you mean 'disk'?); there is disk, "),
         ({"url": "s4://x"}, "this version has tiers for"),
-        ({"kind": "disk", "path": "/x"}, "missing required field `max_bytes`"),
+        ({"kind": "disk", "path": "/x"}, "must have `max_bytes`"),
         ({"kind": "disk", "path": "/x", "max_byte": 5}, "no option 'max_byte' (did you mean 'max_bytes'?)"),
         ({"kind": "disk", "path": "/x", "max_bytes": "5"}, "Expected `int`, got `str` - at `$.max_bytes`"),
         ({"kind": "disk", "path": "/x", "max_bytes": 5, "codec": "zip"}, "no codec 'zip'"),

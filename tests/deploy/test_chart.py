@@ -287,6 +287,16 @@ class TestMonitoring:
         assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
         assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
 
+    def test_alerts_name_the_job_of_the_monitor(self, render: Render) -> None:
+        rendered = render(EVERYTHING)
+        (relabeling,) = rendered.get("ServiceMonitor", "kvstrata-server")["spec"]["endpoints"][0][
+            "relabelings"
+        ]
+        assert relabeling["targetLabel"] == "job"
+        groups = rendered.get("PrometheusRule", "kvstrata")["spec"]["groups"]
+        (down,) = [rule for group in groups for rule in group["rules"] if rule.get("alert") == "KVStrataDown"]
+        assert f'job="{relabeling["replacement"]}"' in down["expr"]
+
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"lmcache": {"maxMemory": "80Gi"}}, ["/lmcache/maxMemory", "80gb"]),
@@ -322,6 +332,9 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"server": {"runAsUser": 0}}, ["/server/runAsUser"]),
     ({"server": {"sharing": "shm"}}, ["/server/sharing", "hostPath"]),
     ({"image": IMAGE, "server": {"enabled": True, "settings": {"remote_url": "redis://x"}}}, ["server.settings"]),
+    ({"image": IMAGE, "server": {"enabled": True, "settings": {"local_disk": "/kv"}}}, ["settings.local_disk"]),
+    ({"monitoring": {"serviceMonitor": {"enabled": True}}}, ["serviceMonitor.enabled", "server.enabled"]),
+    ({"nameOverride": "My_Cache"}, ["/nameOverride"]),
     ({"operator": {"apiGroup": "Nope"}}, ["/operator/apiGroup"]),
     ({"oparator": {}}, ["oparator"]),
 ]  # fmt: skip

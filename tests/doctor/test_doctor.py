@@ -54,6 +54,13 @@ def test_the_model(config: dict[str, Any], l1_gib: float, level: Level, said: st
     assert finding.remedy or level is Level.OK
 
 
+def test_settings_that_no_server_starts_with(tmp_path: Path) -> None:
+    (tmp_path / "kvstrata.yaml").write_text("remote_url: redis://127.0.0.1:1\nremote_serde: floats+aesgcm\n")
+    (finding,) = found(tmp_path / "kvstrata.yaml", "configuration")
+    assert finding.level is Level.ERROR
+    assert "encryption_key_file" in finding.found
+
+
 def test_kernels() -> None:
     levels = {release: check_kernel(release).level for release in ("4.19.0", "5.10.0-8-amd64", "6.1.0", "x")}
     assert levels == {

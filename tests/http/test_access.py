@@ -99,6 +99,21 @@ def test_reads_want_it_unless_they_are_open(guarded: Api, request: pytest.Fixtur
         assert_problem(answer, 401)
 
 
+def test_head_answers_as_get_does_without_the_body(open_api: Api, guarded: Api) -> None:
+    for path in ("/health", "/ready", "/stats"):
+        asked, got = open_api.ask("HEAD", path), open_api.ask("GET", path)
+        assert (asked.status, asked.body) == (200, b"")
+        assert asked.headers["content-type"] == got.headers["content-type"]
+    stranger = Api(guarded.host, guarded.port)
+    assert stranger.ask("HEAD", "/health").status == 200
+    assert stranger.ask("HEAD", "/stats").status == stranger.ask("GET", "/stats").status
+
+
+def test_a_wrong_token_is_told_from_none(guarded: Api) -> None:
+    for token, said in ((None, "this wants the token"), ("wrong", "this wants another token")):
+        assert said in Api(guarded.host, guarded.port, token).ask("POST", "/clear", {}).json["detail"]
+
+
 def test_a_request_of_another_name_is_refused_on_loopback(open_api: Api) -> None:
     for host in ("evil.example", "evil.example:8080", "", "127.0.0.1.evil.example", "localhost@evil.example"):
         for method, path in (("GET", "/stats"), ("POST", "/clear")):

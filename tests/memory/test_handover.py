@@ -228,7 +228,7 @@ def test_the_socket_of_a_dead_server_is_replaced(region, path):
 
 
 def test_the_socket_of_a_living_server_is_left_alone(server, region, path):
-    with pytest.raises(PoolError, match="another server"):
+    with pytest.raises(PoolError, match="another kvstrata server"):
         PoolServer(path, region, "pool-2")
     assert path.exists()
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstrata.config.tiers import NO_BUDGET_BYTES
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, namespace, read_frames
 from kvstrata.tiers.base import Tier
@@ -369,3 +371,20 @@ def test_a_file_size_limit_is_a_full_tier(tmp_path: Path, keys: list[str]) -> No
         assert tier.contains(keys[:3]) == [True, False, True]
         assert tier.stats().used_bytes == 110_000
         assert len(files(tmp_path)) == 3, "two frames and the lock"
+
+
+def test_a_directory_that_others_have_open_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = DiskOptions(path=str(tmp_path), max_bytes=1 << 20)
+    with contextlib.closing(DiskTier(options)):
+        assert not caplog.messages
+        for changes in ({"shared": True}, {"max_bytes": NO_BUDGET_BYTES}):  # meant so; only a look
+            DiskTier(msgspec.structs.replace(options, **changes)).close()
+        assert not caplog.messages
+        DiskTier(options).close()
+    (said,) = caplog.messages
+    assert f"1 other process(es) have {tmp_path} open" in said
+    caplog.clear()
+    DiskTier(options).close()
+    assert not caplog.messages

@@ -330,6 +330,11 @@ def test_options_that_cannot_be_used(options: dict[str, Any], text: str) -> None
         open_tier("s3://bucket", **options)
 
 
+def test_certificates_that_cannot_be_read() -> None:
+    with pytest.raises(ConfigError, match="ca_file /no/such cannot be read"):
+        open_tier("s3://bucket?ca_file=/no/such")
+
+
 def test_the_benchmark_compares_with_a_raw_loop_and_leaves_nothing(s3_server: S3Server, url: str) -> None:
     report = bench.run(bench.TierBenchConfig(url=url, frame_bytes=50_000, num_frames=2, runs=1))
     assert set(report.ratios) == {"read_over_raw", "write_over_raw"}

@@ -64,7 +64,6 @@ def test_the_environment_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3://bucket?regoin=x", "did you mean 'region'"),
         ("s3://bucket?secret_access_key=geheim", "unknown parameter"),
         ("s3://bucket?addressing=dns", "path, virtual"),
-        ("s3://bucket?ca_file=/no/such", "ca_file"),
         ("s3://[", "cannot be read"),
     ],
 )

@@ -35,15 +35,9 @@ def build_cache(
     Raises:
         ConfigError: a tier, codec or policy cannot be had as configured.
     """
-    keys = {"key_file": settings.encryption_key_file}
-    decoders = Decoders(keys, encrypted_only=settings.require_encryption)
-    if settings.encryption_key_file is not None:
-        open_codec("aesgcm", keys)  # so that a key file that cannot be used is found at start
+    decoders = Decoders(_codec_options(settings), encrypted_only=settings.require_encryption)
     policy = plugins.load("policies", settings.cache_policy.lower())()
-    configs = tier_configs(settings)
-    _check_policies(settings, configs)
-    codecs = [open_codec(config.codec, keys) for config in configs]  # what can be refused first
-    _check_encryption(settings, configs, codecs)
+    configs, codecs = check_tiers(settings)  # what can be refused first
     tiers: list[TierIO] = []
     for config, codec in zip(configs, codecs, strict=True):
         # Look-ups, reads and writes have a thread each, and no fewer connections than that.
@@ -85,6 +79,26 @@ def build_cache(
         cache.close()
         raise ConfigError(f"quotas: {error}") from None
     return cache
+
+
+def check_tiers(settings: Settings) -> tuple[list[TierConfig], list[Codec]]:
+    """The tiers that ``settings`` ask for and their codecs, before any of them is opened.
+
+    Raises:
+        ConfigError: together they make no core: keys are missing, or nothing could ever be held.
+        PluginError: a codec cannot be loaded.
+    """
+    configs, options = tier_configs(settings), _codec_options(settings)
+    if settings.encryption_key_file is not None:
+        open_codec("aesgcm", options)  # so that a key file that cannot be used is found at start
+    _check_policies(settings, configs)
+    codecs = [open_codec(config.codec, options) for config in configs]
+    _check_encryption(settings, configs, codecs)
+    return configs, codecs
+
+
+def _codec_options(settings: Settings) -> dict[str, str | None]:
+    return {"key_file": settings.encryption_key_file}
 
 
 def _check_encryption(settings: Settings, configs: Sequence[TierConfig], codecs: Sequence[Codec]) -> None:

@@ -54,8 +54,8 @@ class ApiError(KVStrataError):
 class ApiClient:
     """One server's HTTP API."""
 
-    def __init__(self, url: str, token: str | None = None) -> None:
-        """Nothing is opened yet.
+    def __init__(self, url: str, token: str | None = None, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
+        """Nothing is opened yet. ``timeout_seconds`` bounds each wait for the server.
 
         Raises:
             ConfigError: ``url`` is not one of HTTP.
@@ -71,6 +71,7 @@ class ApiClient:
         self._is_tls = parts.scheme == "https"
         self._host, self._port, self._base = parts.hostname, port, parts.path.rstrip("/")
         self._token = token
+        self._timeout_seconds = timeout_seconds
 
     def ask(self, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> Any:
         """Send a request, return the answer's JSON.
@@ -101,7 +102,7 @@ class ApiClient:
         if body is not None:
             headers["content-type"] = "application/json"
         kind = http.client.HTTPSConnection if self._is_tls else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=_TIMEOUT_SECONDS)
+        connection = kind(self._host, self._port, timeout=self._timeout_seconds)
         try:
             connection.request(method, target, body, headers)
             response = connection.getresponse()
@@ -115,7 +116,7 @@ class ApiClient:
             connection.close()
 
 
-def connect(url: str | None, token_file: str | None) -> ApiClient:
+def connect(url: str | None, token_file: str | None, timeout_seconds: float = _TIMEOUT_SECONDS) -> ApiClient:
     """The API that the options, or else the configuration, name.
 
     Raises:
@@ -134,7 +135,7 @@ def connect(url: str | None, token_file: str | None) -> ApiClient:
             host = f"[{host}]" if ":" in host else host
         url = f"http://{host}:{settings.http_port or DEFAULT_PORT}"
         token_file = token_file or settings.http_token_file
-    return ApiClient(url, None if token_file is None else _read_token(token_file))
+    return ApiClient(url, None if token_file is None else _read_token(token_file), timeout_seconds)
 
 
 def _read_token(file: str) -> str:

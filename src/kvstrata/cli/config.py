@@ -57,12 +57,8 @@ def check(
 
     Of a redis.conf (a name that ends so: .conf) the memory values are checked: Redis' units are not Kubernetes'.
     """
-    notices: list[str] = []
     try:
-        if file.suffix == ".conf":
-            check_redis_config(file.read_text().splitlines())
-        else:
-            notices = list(load_settings({}, file=file).notices)
+        notices = _check_redis(file) if file.suffix == ".conf" else _check_settings(file)
     except (ConfigError, PluginError) as error:
         if not as_json:
             raise
@@ -74,6 +70,28 @@ def check(
         print(f"{file}: ok")
         print_notices(notices)
     return 0
+
+
+def _check_redis(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"configuration file {file} cannot be read: {reason}") from None
+    check_redis_config(lines)
+    return []
+
+
+def _check_settings(file: Path) -> list[str]:
+    """What to note. What the file lacks may come from the environment, so it is no error here."""
+    from kvstrata.cache.build import check_tiers  # noqa: PLC0415  takes a while to import
+
+    resolved = load_settings({}, file=file)
+    try:
+        check_tiers(resolved.settings)
+    except (ConfigError, PluginError) as error:
+        return [*resolved.notices, f"with this file alone a server does not start: {error}"]
+    return list(resolved.notices)
 
 
 @app.command(hidden=True, epilog="Example: kvstrata config docs > docs/configuration.md")

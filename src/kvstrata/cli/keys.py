@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +14,7 @@ from kvstrata.cli.output import FAULT, AsJson, ConfigFile, print_json, print_tab
 from kvstrata.config import TierConfig, load_settings, tier_configs, tier_from_url, unbounded
 from kvstrata.errors import ConfigError
 from kvstrata.tiers.base import Tier
-from kvstrata.tiers.inspect import inspect_frame
-from kvstrata.tiers.open import open_tier
+from kvstrata.tiers.inspect import inspect_frame, opened_tier
 from kvstrata.types import Miss, parse_key
 
 app = typer.Typer(
@@ -54,7 +51,7 @@ def list_keys(
     """Print the keys that are held, one a line: the tier's name, then the key."""
     listed: dict[str, list[str]] = {}
     for config in _selected(tier, config_file):
-        with _opened(config) as opened:
+        with opened_tier(config) as opened:
             keys = itertools.islice(opened.scan(prefix), limit)
             if as_json:
                 listed[config.name] = sorted(keys)
@@ -72,7 +69,7 @@ def count(
     """Count the keys that are held."""
     counts: dict[str, int] = {}
     for config in _selected(tier, config_file):
-        with _opened(config) as opened:
+        with opened_tier(config) as opened:
             counts[config.name] = sum(1 for _ in opened.scan(prefix))
     if as_json:
         tiers = [{"tier": name, "keys": number} for name, number in counts.items()]
@@ -97,7 +94,7 @@ def show(
         raise typer.BadParameter(str(error)) from None
     found = []
     for config in _selected(tier, config_file):
-        with _opened(config) as opened:
+        with opened_tier(config) as opened:
             found.append({"tier": config.name} | _describe(opened, key))
     if as_json:
         print_json({"key": key, "entries": found})
@@ -119,7 +116,7 @@ def delete(
         raise typer.BadParameter("nobody to ask: add --yes")
     deleted: dict[str, int] = {}
     for config in _selected(tier, config_file):
-        with _opened(config) as opened:
+        with opened_tier(config) as opened:
             keys = list(opened.scan(prefix))
             question = f"Delete {len(keys)} keys that begin with {prefix!r} from {opened.describe()}?"
             if keys and not yes and not typer.confirm(question):
@@ -140,22 +137,10 @@ def _selected(tier: str | None, config_file: Path | None) -> list[TierConfig]:
     configured = [unbounded(config) for config in tier_configs(load_settings(file=config_file).settings)]
     chosen = [config for config in configured if tier in (None, config.name)]
     if not chosen:
-        listed = ", ".join(config.name for config in configured) or "none"
         wanted = "no tier" if tier is None else f"no tier {tier!r}"
-        raise ConfigError(f"{wanted} is configured (there is: {listed}); give --tier URL")
+        listed = f" (there is: {', '.join(config.name for config in configured)})" if configured else ""
+        raise ConfigError(f"{wanted} is configured{listed}; give --tier URL, redis://HOST:PORT say")
     return chosen
-
-
-@contextmanager
-def _opened(config: TierConfig) -> Iterator[Tier]:
-    path = config.options.get("path")
-    if path is not None and not Path(path).is_dir():
-        raise ConfigError(f"tier {config.name}: there is no directory {path}")
-    tier = open_tier(config)
-    try:
-        yield tier
-    finally:
-        tier.close()
 
 
 def _describe(tier: Tier, key: str) -> dict[str, Any]:

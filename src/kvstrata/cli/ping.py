@@ -13,9 +13,9 @@ from kvstrata.cli.api import TokenFile, connect
 from kvstrata.cli.output import FAULT, AsJson, print_json
 from kvstrata.client import RemoteClient
 from kvstrata.config import mask, tier_from_url
-from kvstrata.errors import ServerUnavailable, TierError
+from kvstrata.errors import ConfigError, ServerUnavailable, TierError
 from kvstrata.tiers.base import PROBE_KEY
-from kvstrata.tiers.open import open_tier
+from kvstrata.tiers.inspect import opened_tier
 
 EXAMPLE = "Example: kvstrata ping redis://127.0.0.1:6379 --count 5"
 
@@ -59,7 +59,7 @@ def _measure(target: str | None, count: int, token_file: str | None) -> tuple[st
                 ask()
                 seconds.append(time.monotonic() - started)
         except (TierError, ServerUnavailable) as error:
-            return name, str(error), seconds
+            return name, str(error).removeprefix(f"{name}: "), seconds
     return name, None, seconds
 
 
@@ -68,7 +68,7 @@ def _opened(
 ) -> tuple[str, Callable[[], Any]]:
     scheme = "" if target is None else target.partition("://")[0].lower()
     if target is None or scheme in {"http", "https"}:
-        api = connect(target, token_file)
+        api = connect(target, token_file, _TIMEOUT_SECONDS)
         return api.url, lambda: api.ask("GET", "/health")
     if scheme in {"tcp", "ipc"}:
         client = RemoteClient(target, "ping", timeout_seconds=_TIMEOUT_SECONDS, map_pool=False)
@@ -79,5 +79,9 @@ def _opened(
                 raise ServerUnavailable(f"no answer within {_TIMEOUT_SECONDS:g} s")
 
         return target, ask
-    tier = stack.enter_context(contextlib.closing(open_tier(tier_from_url(target))))
+    if not scheme or "://" not in target:
+        raise ConfigError(
+            f"{target!r} is no URL: write http://{target}, or tcp://, ipc://, or that of a tier (redis://HOST:PORT)"
+        )
+    tier = stack.enter_context(opened_tier(tier_from_url(target)))
     return tier.describe(), lambda: tier.contains([PROBE_KEY])

@@ -33,6 +33,8 @@ class Channel:
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        # For addresses only: with it ZMQ takes a name's IPv6 address alone, where a server may listen on the other.
+        self._socket.setsockopt(zmq.IPV6, "[" in endpoint)
         # Without a connection nothing is queued: a send is refused at once, and told as such.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         # Often: the first request after a server's return is to find the connection made.

@@ -135,7 +135,7 @@ def _from_environment(
         elif name.lower() in LMCACHE_KEYS or name.lower() in ALIASES:
             lmcache.append(item)
         else:
-            unknown.append(variable)
+            unknown.append(variable + nearest(name, sorted(LMCACHE_KEYS)))
     below, above = _Layer(ignored).fill(lmcache), _Layer(ignored).fill(own)
     notices = [
         f"{above.sources[key]} is used, {below.sources[key]} says otherwise"

@@ -131,6 +131,7 @@ def _checked(settings: Settings, where: str, kind: str, entry: _Entry, options: 
     except ValueError as error:
         raise ConfigError(f"{where}: codec {entry.codec!r} is not allowed: {error}") from None
     options_type = plugins.load("tiers", kind).Options
+    given = options
     general = {"timeout_seconds": settings.blocking_timeout_secs, "num_workers": settings.num_workers}
     options = general | options
     unknown = sorted(set(options) - set(options_type.__struct_fields__))
@@ -140,7 +141,8 @@ def _checked(settings: Settings, where: str, kind: str, entry: _Entry, options: 
     try:
         msgspec.convert(options, options_type)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: options of tier {kind!r}: {error}, in {mask(options)!r}") from None
+        fault = str(error).replace("Object missing required field", "must have")
+        raise ConfigError(f"{where}: options of tier {kind!r}: {fault}, in {mask(given)!r}") from None
     return TierConfig(
         kind=kind,
         name=entry.name or kind,

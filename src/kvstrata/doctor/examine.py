@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from kvstrata.cache.build import check_tiers
 from kvstrata.config import Resolved, load_settings, tier_configs
 from kvstrata.doctor.engine import check_engine
 from kvstrata.doctor.finding import Finding, Level
@@ -47,13 +48,18 @@ def examine(
 
 def _check_configured(resolved: Resolved) -> Iterator[Finding]:
     settings = resolved.settings
-    yield Finding("configuration", Level.OK, "every setting is allowed")
+    try:
+        configs, _ = check_tiers(settings)
+    except (ConfigError, PluginError) as error:
+        configs = tier_configs(settings)
+        yield Finding("configuration", Level.ERROR, str(error), "without that the server does not start")
+    else:
+        yield Finding("configuration", Level.OK, "every setting is allowed")
     for notice in resolved.notices:
         yield Finding("configuration", Level.WARNING, notice, "remove it, or use the setting that it names")
     yield check_memory(settings.max_local_cpu_bytes)
     yield check_shm(settings.shm_dir, settings.max_local_cpu_bytes)
     yield check_http(settings)
-    configs = tier_configs(settings)
     if not configs:
         yield Finding(
             "tiers",

@@ -35,7 +35,9 @@ class Guard:
                 scope, receive, send
             )
             return
-        await self._app(scope, _limited(receive), send)
+        # Whoever may GET may ask with HEAD (RFC 9110, 9.3.2), as load balancers do; the server sends no body then.
+        served = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        await self._app(served, _limited(receive), send)
 
     def _refusal(self, scope: Scope) -> tuple[HTTPStatus, str] | None:
         """Why a request is not let through, from its head alone."""
@@ -43,8 +45,10 @@ class Guard:
         host = _host_name(headers.get(b"host", b""))
         if self._access.hosts is not None and host not in self._access.hosts:
             return HTTPStatus.FORBIDDEN, "this server goes by another name; use localhost or 127.0.0.1"
-        if not self._access.allows(scope["method"], scope["path"], headers.get(b"authorization", b"")):
-            return HTTPStatus.UNAUTHORIZED, "this wants the token: Authorization: Bearer TOKEN"
+        authorization = headers.get(b"authorization", b"")
+        if not self._access.allows(scope["method"], scope["path"], authorization):
+            which = "another token" if authorization else "the token"
+            return HTTPStatus.UNAUTHORIZED, f"this wants {which}: Authorization: Bearer TOKEN"
         try:
             length = int(headers.get(b"content-length", b"0"))
         except ValueError:

@@ -73,7 +73,13 @@ class HttpServer:
         if not self._server.started:
             self.stop()
             raise ConfigError(f"the HTTP API on {self.host}:{self.port} did not start; see the log")
-        _log.info("HTTP API on http://%s:%d", self.host, self.port)
+        _log.info("HTTP API on %s", self.url)
+
+    @property
+    def url(self) -> str:
+        """The address, once started."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
 
     def stop(self) -> None:
         """Let requests in progress end, within seconds, then the thread. Idempotent."""

@@ -210,7 +210,10 @@ def _remove_stale(path: Path) -> None:
             return
         except BlockingIOError:  # its backlog is full: it lives
             pass
-    raise PoolError(f"another server hands its L1 pool over at {path}")
+    raise PoolError(
+        f"another kvstrata server is running: it hands its L1 pool over at {path}; "
+        "choose another port (--port) or another runtime_dir"
+    )
 
 
 def _peer_uid(connection: socket.socket) -> int:

@@ -77,6 +77,6 @@ def http_api(server: Server, settings: Settings, port: int) -> Iterator[str | No
     http = HttpServer(server, settings.http_host, port, server.operations, access, with_page=with_page)
     http.start()
     try:
-        yield f"http://{http.host}:{http.port}"
+        yield http.url
     finally:
         http.stop()

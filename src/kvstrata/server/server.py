@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -113,13 +114,11 @@ class Server:
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.MAXMSGSIZE, max(MAX_MESSAGE_BYTES, 1 << 30))
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        router.setsockopt(zmq.IPV6, "[" in endpoint)
         try:
             router.bind(endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(
-                f"cannot listen on {endpoint}: {error.strerror}; is another kvstrata server running there? "
-                "Choose another port (--port)"
-            ) from error
+            raise ConfigError(f"cannot listen on {endpoint}: {_advice(error)}") from error
         return router
 
     def _make_poller(self) -> zmq.Poller:
@@ -255,6 +254,17 @@ class Server:
     def close(self) -> None:
         """Write what is queued within the time, then give everything back. Idempotent."""
         self._cleanup.close()
+
+
+def _advice(error: zmq.ZMQError) -> str:
+    """Why an endpoint cannot be listened on, and what to do."""
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "it is in use, perhaps by another kvstrata server; choose another port (--port)"
+        case errno.ENODEV | errno.EADDRNOTAVAIL:
+            return "this machine has no such address; choose one of its own (--host), 0.0.0.0 is all of them"
+        case _:
+            return str(error.strerror)
 
 
 def _pidfd(pid: int) -> int:

@@ -1,17 +1,36 @@
-"""Looking at one stored frame without knowing beforehand what it holds."""
+"""Looking into a tier from outside: opening it as it is, and one stored frame of which nothing is known."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 
-from kvstrata.errors import FrameError
+from kvstrata.config import TierConfig
+from kvstrata.errors import ConfigError, FrameError
 from kvstrata.frame import HEADER_BYTES, FrameHeader, payload_checksum
 from kvstrata.tiers.base import Tier
+from kvstrata.tiers.open import open_tier
 from kvstrata.types import Miss
 
 MAX_FRAME_BYTES = 4 << 30
+
+
+@contextlib.contextmanager
+def opened_tier(config: TierConfig) -> Iterator[Tier]:
+    """The tier that ``config`` describes, for a look. Makes no directory that is not there.
+
+    Raises:
+        ConfigError, PluginError: there is none, or it cannot be opened.
+    """
+    path = config.options.get("path")
+    if path is not None and not Path(path).is_dir():
+        raise ConfigError(f"tier {config.name}: there is no directory {path}")
+    with contextlib.closing(open_tier(config)) as tier:
+        yield tier
 
 
 class StoredFrame(msgspec.Struct, frozen=True):

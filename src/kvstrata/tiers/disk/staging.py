@@ -46,8 +46,9 @@ class Staging:
             Path(self._directory).mkdir(parents=True, exist_ok=True)
             return os.open(path, flags, 0o600), path
 
-    def remove_orphans(self) -> None:
-        """Delete what writers left that are gone, or that hold no lock and are old."""
+    def remove_orphans(self) -> int:
+        """Delete what writers left that are gone, or that hold no lock and are old; how many others live."""
+        num_others = 0
         for entry in entries_of(self._root):
             if entry.path == self._directory or not entry.is_dir(follow_symlinks=False):
                 continue
@@ -59,10 +60,12 @@ class Staging:
                     continue
             else:
                 if fd < 0:
+                    num_others += 1
                     continue
             _remove_directory(entry.path)
             if fd >= 0:
                 os.close(fd)
+        return num_others
 
     def close(self) -> None:
         if self._lock_fd >= 0:

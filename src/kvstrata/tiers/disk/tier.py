@@ -10,12 +10,14 @@ sets it right, so that what a look-up promised is a miss then. Checksums are ver
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from kvstrata.config.tiers import NO_BUDGET_BYTES
 from kvstrata.errors import ConfigError, TierFull
 from kvstrata.frame import HEADER_BYTES, salt_id_in
 from kvstrata.quotas import Quota, Usage
@@ -25,6 +27,8 @@ from kvstrata.tiers.disk.staging import STAGING, Staging
 from kvstrata.tiers.files import FULL, allocate, key_files, read_into, rename_into, translated, write_all
 from kvstrata.tiers.paths import key_path
 from kvstrata.types import Miss, MissReason, TierStats
+
+log = logging.getLogger(__name__)
 
 
 class DiskOptions(TierOptions, frozen=True, kw_only=True):
@@ -63,10 +67,18 @@ class DiskTier(QuotaTier):
         try:
             Path(self._root).mkdir(parents=True, exist_ok=True)
             self._staging = Staging(self._root)
-            self._staging.remove_orphans()
+            num_others = self._staging.remove_orphans()
             self._rebuild()
         except OSError as error:
-            raise ConfigError(f"path of the disk tier, {options.path!r}, cannot be used: {error}") from error
+            reason = error.strerror or error
+            raise ConfigError(f"path of the disk tier, {options.path!r}, cannot be used: {reason}") from error
+        if num_others and not options.shared and options.max_bytes < NO_BUDGET_BYTES:
+            log.warning(
+                "%d other process(es) have %s open: each keeps max_bytes for itself, and finds what others write "
+                "after a restart only; give each a directory, or use file:// (docs/shared-directory.md)",
+                num_others,
+                self._root,
+            )
 
     def _rebuild(self) -> None:
         """Fill the index with what the directory holds, oldest use first, and evict what is over budget."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Literal, cast
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
@@ -91,7 +90,7 @@ def parse_url(url: str) -> Location:
         endpoint=endpoint,
         region=query.get("region") or _first_set(REGION_VARIABLES) or "us-east-1",
         addressing=_addressing(query.get("addressing", "path" if endpoint else "virtual"), parts.netloc),
-        ca_file=_ca_file(query.get("ca_file", "")),
+        ca_file=query.get("ca_file", ""),
     )
 
 
@@ -119,9 +118,3 @@ def _addressing(text: str, bucket: str) -> Addressing:
         raise ConfigError(f"url of the s3 tier: addressing={text[:20]!r}; allowed are path, virtual")
     # A dot in a bucket's name breaks the certificate of its host name.
     return "path" if "." in bucket else cast("Addressing", text)
-
-
-def _ca_file(text: str) -> str:
-    if text and not Path(text).is_file():
-        raise ConfigError(f"url of the s3 tier: there is no file {text} (ca_file)")
-    return text

@@ -63,6 +63,13 @@ class S3Options(TierOptions, frozen=True, kw_only=True):
     ttl_seconds: int | None = None
     """Not for S3, whose objects expire by a lifecycle rule of the bucket."""
 
+    def __post_init__(self) -> None:
+        """Check the URL. Raises ValueError, which msgspec turns into a ValidationError."""
+        try:
+            parse_url(self.url)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
     def __repr__(self) -> str:
         """Without the URL, into which someone may have put credentials."""
         return f"S3Options(name={self.name!r})"
@@ -230,6 +237,13 @@ def _check(options: S3Options) -> None:
         raise ConfigError(f"max_requests of the s3 tier is {options.max_requests}; at least 1")
 
 
+def _certificates(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"url of the s3 tier: ca_file {file} cannot be read: {error.strerror}") from None
+
+
 def open_store(location: Location, options: S3Options) -> S3Store:
     """The client of a bucket.
 
@@ -243,7 +257,7 @@ def open_store(location: Location, options: S3Options) -> S3Store:
         "timeout": timeout,
     }
     if location.ca_file:
-        client["root_certificate"] = Path(location.ca_file).read_bytes()
+        client["root_certificate"] = _certificates(location.ca_file)
     config: S3Config = {
         "region": location.region,
         "virtual_hosted_style_request": location.addressing == "virtual",
