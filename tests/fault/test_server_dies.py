@@ -30,7 +30,7 @@ from kvstrata.testing.process import free_port
 from kvstrata.testing.waiting import repeating, wait_until
 
 T = TypeVar("T")
-TIMEOUT_SECONDS = 0.5
+TIMEOUT_SECONDS = 1.0
 MARGIN_SECONDS = 10.0
 """Far above what a verb may take beyond its timeout; a hang is what would exceed it."""
 

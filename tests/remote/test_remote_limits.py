@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from raw_client import EXIST, KEY, PUT, RawClient
+from raw_client import EXIST, KEY, LIST, PUT, RawClient
 
 from kvstrata.remote.server import raise_descriptor_limit
 from kvstrata.remote.service import InFlight
@@ -22,7 +23,7 @@ from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.lm import LmOptions, LmTier, wire
 from kvstrata.types import Miss
 
-MESSAGE_SECONDS = 0.5
+MESSAGE_SECONDS = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_a_client_that_does_not_read_is_hung_up_on_and_holds_no_memory(
 
 def test_many_slow_writers_leave_room_for_readers_and_the_entries_that_are_there() -> None:
     """What is being received is bounded: it cannot evict the rest."""
-    options = {"max_frame_bytes": 4 << 20, "message_seconds": 1.0, "min_bytes_per_second": 1 << 40}
+    options = {"max_frame_bytes": 4 << 20, "message_seconds": 2.0, "min_bytes_per_second": 1 << 40}
     with RemoteServerThread(max_bytes=64 << 20, **options) as server:
         keys = make_keys(30)
         with contextlib.closing(LmTier(LmOptions(url=server.url))) as tier, contextlib.ExitStack() as stack:
@@ -209,6 +210,20 @@ def test_a_list_of_keys_that_finds_no_room_in_time_is_refused() -> None:
             assert client.is_hung_up_on()
         assert settled(server)
         assert room._free == room.max_bytes
+
+
+def test_lists_of_all_keys_count_as_well() -> None:
+    """A client that asks for all of them and does not read holds them in memory meanwhile."""
+    keys = make_keys(1000, "m" * 5000)
+    with RemoteServerThread() as server, contextlib.closing(LmTier(LmOptions(url=server.url))) as tier:
+        tier.write(keys, [make_frame(10)] * 1000)
+        room = server.service.keys_in_flight
+        with RawClient(server.port) as slow:
+            slow.request(LIST)
+            wait_until(lambda: room.max_bytes - room._free > 5_000_000, "it has its room")
+            head = slow.reply()
+            assert sorted(slow.take(head[1]).split(b"\n")) == sorted(key.encode() for key in keys)
+        wait_until(lambda: room._free == room.max_bytes, "it is given back")
 
 
 @pytest.mark.parametrize("token", [b"", b"secret"])
@@ -296,7 +311,9 @@ def test_draining_completes_what_is_in_flight_and_hangs_up_on_the_rest() -> None
         writer.request(PUT, "late@1@0@1@half", 1000)
         reader.request(2)
         writer.sock.sendall(b"a" * 500)
-        time.sleep(0.1)
+        room = server.service.in_flight
+        wait_until(lambda: room._free < room.max_bytes, "the server receives what is written")
+        assert select.select([reader.sock], [], [], 20)[0], "it sends what is read"
         stopping = threading.Thread(target=server.stop)
         stopping.start()
         assert idle.is_hung_up_on()

@@ -18,6 +18,7 @@ from kvstrata.remote.shelf import Shelf
 from kvstrata.remote.store import Store
 from kvstrata.testing.remote_server import RemoteServerThread
 from kvstrata.testing.tier import make_frame, make_keys, read_frames
+from kvstrata.testing.waiting import wait_until
 from kvstrata.tiers.disk import DiskOptions, DiskTier
 from kvstrata.tiers.lm import LmOptions, LmTier
 from kvstrata.tiers.lm.wire import Form
@@ -57,9 +58,7 @@ def test_what_memory_has_no_room_for_comes_from_disk(tmp_path: Path) -> None:
     ):
         for seed, key in enumerate(keys):
             tier.write([key], [make_frame(500_000, seed)])
-            deadline = time.monotonic() + 5
-            while server.service.shelf._queued_bytes and time.monotonic() < deadline:
-                time.sleep(0.002)
+            wait_until(lambda: not server.service.shelf._queued_bytes, "it is on disk")
         assert len(server.service.store) < 10
         assert tier.contains(keys) == [True] * 30
         for _ in range(2):
@@ -118,14 +117,12 @@ def test_times_to_live_go_on_over_a_restart(tmp_path: Path) -> None:
 def test_what_expires_is_gone_from_memory_and_disk(tmp_path: Path) -> None:
     keys = make_keys(3)
     with (
-        RemoteServerThread(disk=str(tmp_path), ttl_seconds=1) as server,
+        RemoteServerThread(disk=str(tmp_path), ttl_seconds=2) as server,
         contextlib.closing(LmTier(LmOptions(url=server.url))) as tier,
     ):
         tier.write(keys, [make_frame(100)] * 3)
         assert tier.contains(keys) == [True] * 3
-        deadline = time.monotonic() + 10
-        while (len(server.service.store) or files(tmp_path)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: not len(server.service.store) and not files(tmp_path), "all are gone")
         assert tier.contains(keys) == [False] * 3
         assert server.service.store.used_bytes == 0
         assert files(tmp_path) == []
@@ -264,6 +261,8 @@ def test_envelopes_and_names() -> None:
     assert original_key(ours) == ours.encode()
     for other in (b"m@1@0@abc@half", b"\xff\xfe", b"", disk_key(b"x").encode()):
         assert original_key(disk_key(other)) is None
+    (long,) = make_keys(1, "模" * 300)  # too long for a path
+    assert original_key(disk_key(long.encode())) is None
     assert disk_key(b"a") != disk_key(b"b")
     data = memoryview(bytearray(ENVELOPE_BYTES + 5))
     envelope = Envelope(Form(1, 3, (1, -2, 3, 4), 2), 77, 12.5, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,5 +170,9 @@ def test_variables_can_be_removed_and_added(tmp_path, monkeypatch):
         pass
 
 
-def test_free_port_is_free():
-    assert 1024 <= free_port() <= 65535
+def test_free_ports_are_free_and_nobody_gets_them_by_chance():
+    ports = [free_port() for _ in range(500)]
+    assert len(set(ports)) == 500, "none comes twice"
+    with socket.create_server(("127.0.0.1", ports[0])), socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        assert max(ports) < any_port.getsockname()[1]

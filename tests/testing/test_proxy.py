@@ -104,10 +104,12 @@ def test_a_bandwidth_is_kept(proxy: Proxy, listener: socket.socket) -> None:
 
 
 def test_connections_share_a_bandwidth_and_take_turns(proxy: Proxy, listener: socket.socket) -> None:
-    proxy.link = slow_link(0, bytes_per_second=1_000_000, shared=True)
+    proxy.link = BLACK_HOLE
     with connected(proxy, listener) as one, connected(proxy, listener) as other:
-        started = time.monotonic()
         senders = [send_in_thread(server, bytes(300_000)) for _, server in (one, other)]
+        time.sleep(0.1)  # neither is to have the link for itself at first
+        started = time.monotonic()
+        proxy.link = slow_link(0, bytes_per_second=1_000_000, shared=True)
         ends = []
         for client, _ in (one, other):
             assert len(receive(client, 300_000)) == 300_000

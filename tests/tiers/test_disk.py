@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +265,17 @@ def test_what_is_no_key_is_not_held_and_not_written(tmp_path: Path, key: str) ->
             tier.write([key], [make_frame(10)])
 
 
+def test_a_key_too_long_for_a_path_is_refused_and_not_held(tmp_path: Path) -> None:
+    long, short = make_keys(1, "模" * 300), make_keys(1)
+    with contextlib.closing(open_tier(tmp_path)) as tier:
+        assert tier.contains(long) == [False]
+        assert read_frames(tier, long) == [Miss(MissReason.ABSENT)]
+        with pytest.raises(TierFull, match="too long for a path"):
+            tier.write([*short, *long], [make_frame(10)] * 2)
+        assert list(tier.scan()) == short
+        assert tier.delete([*long, *short]) == 1
+
+
 def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="path of the disk tier"):
@@ -293,8 +305,27 @@ def test_unfinished_files_go_when_their_writer_is_gone_or_they_are_old(tmp_path:
         assert Path(living).exists()
 
 
+def test_several_that_start_at_once_remove_what_the_dead_left(tmp_path: Path) -> None:
+    for _ in range(5):
+        for number in range(30):
+            dead = tmp_path / STAGING / f"dead{number}"
+            dead.mkdir(parents=True)
+            for name in ("lock", "0"):
+                (dead / name).touch()
+        start = threading.Barrier(3)
+
+        def open_and_close(_: int, start: threading.Barrier = start) -> None:
+            start.wait()
+            open_tier(tmp_path).close()
+
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(open_and_close, range(3)))
+        open_tier(tmp_path).close()
+        assert list((tmp_path / STAGING).iterdir()) == []
+
+
 @given(
-    model=st.text(min_size=1, max_size=400),
+    model=st.text(min_size=1, max_size=100),
     worker=st.integers(0, 10**6),
     digest=st.binary(min_size=32, max_size=32),
 )

@@ -442,6 +442,17 @@ def test_a_directory_that_vanishes_is_unavailable_and_one_that_was_emptied_is_em
         assert not root.exists()
 
 
+def test_a_key_too_long_for_a_path_is_refused_and_not_held(tmp_path: Path) -> None:
+    long, short = make_keys(1, "模" * 300), make_keys(1)
+    with contextlib.closing(open_tier(tmp_path)) as tier:
+        assert tier.contains(long) == [False]
+        assert read_frames(tier, long) == [Miss(MissReason.ABSENT)]
+        with pytest.raises(TierFull, match="too long for a path"):
+            tier.write([*short, *long], [make_frame(10)] * 2)
+        assert list(tier.scan()) == short
+        assert tier.delete([*long, *short]) == 1
+
+
 def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "absent"):

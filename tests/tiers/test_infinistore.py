@@ -49,7 +49,6 @@ class TestInfiniStoreTier(TierContract):
     def tier(self, server: InfiniStoreServer) -> Iterator[Tier]:
         with opened(server.url) as tier:
             yield tier
-            tier._is_closed = False  # a test may have closed it
             tier.delete(list(tier.scan()))
 
 
@@ -152,6 +151,30 @@ def test_a_foreign_value_is_a_corrupt_miss(value: bytes) -> None:
         (result,) = read_frames(tier, make_keys(1))
         assert isinstance(result, Miss)
         assert result.reason == MissReason.CORRUPT
+
+
+def test_a_connection_that_the_server_has_closed_is_not_used_again() -> None:
+    """After a restart each of those that were idle would cost one more operation."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed = threading.Event()
+
+        def serve() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(words(200, protocol.EXISTS))
+                    if closed.is_set():
+                        connection.recv(1)
+                closed.set()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with opened(f"infinistore://127.0.0.1:{listener.getsockname()[1]}") as tier:
+            assert tier.contains(make_keys(1)) == [True]
+            assert closed.wait(20)
+            assert tier.contains(make_keys(1)) == [True]
+        thread.join()
 
 
 def test_no_memory_is_full() -> None:

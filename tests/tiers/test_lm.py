@@ -271,6 +271,8 @@ def test_certificates_are_checked(lm_certificates: Any, authority: str, keys: li
         ("lm://host:1234/path", "host:port"),
         ("lm://host:notaport", "cannot be read"),
         ("lm://:s3cret/x@host:1234", "cannot be read|host:port"),
+        ("lm://:12#s3cret@host:1234", "cannot be read"),
+        ("lm://tok:12?s3cret=x@host:1234", "cannot be read"),
         ("lm://host:1234?ssl_ca_certs=/x", "needs lms"),
         ("lms://host:1234?ssl_ca_cert=/x", "did you mean 'ssl_ca_certs'"),
         ("lms://host:1234?ssl_cert_reqs=maybe", "required, none"),

@@ -13,13 +13,14 @@ from kvstrata.errors import TierUnavailable
 from kvstrata.testing.redis_sentinel import RedisSentinel
 from kvstrata.testing.redis_server import RedisServer
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
+from kvstrata.testing.waiting import retried, wait_until
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.redis import RedisOptions, RedisTier
 from kvstrata.types import Miss
 
 
 def open_tier(url: str, **options: object) -> RedisTier:
-    limits = {"timeout_seconds": 1.0, "connect_timeout_seconds": 1.0}
+    limits = {"timeout_seconds": 3.0, "connect_timeout_seconds": 3.0}
     return RedisTier(RedisOptions(url=url, **(limits | options)))
 
 
@@ -50,16 +51,6 @@ def commands_of(server: RedisServer, name: str) -> int:
         return int(client.info("commandstats").get(f"cmdstat_{name}", {}).get("calls", 0))
 
 
-def wait_until_written(tier: RedisTier, keys: list[str], frames: list[memoryview]) -> None:
-    deadline = time.monotonic() + 8
-    while True:
-        try:
-            return tier.write(keys, frames)
-        except TierUnavailable:
-            assert time.monotonic() < deadline, "the new master is not used"
-            time.sleep(0.05)
-
-
 def test_what_was_found_is_said_once_without_secrets(
     group: RedisSentinel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,9 +75,7 @@ def test_reads_from_the_replica_and_writes_to_the_master(group: RedisSentinel, t
     url = f"{group.url}&read_from=replica"
     with contextlib.closing(open_tier(url, ttl_seconds=100, refresh_ttl=True)) as reader:
         reader.write(keys, frames)
-        deadline = time.monotonic() + 5
-        while not all(reader.contains(keys)):
-            assert time.monotonic() < deadline
+        wait_until(lambda: all(reader.contains(keys)), "the replica holds it all")
         assert read_frames(reader, keys, 1000) == [bytes(frame) for frame in frames]
         after = [commands_of(server, "get") for server in (group.master, group.replica)]
         assert [now - then for now, then in zip(after, before, strict=True)] == [0, 5]
@@ -207,7 +196,7 @@ def test_a_failover_under_load_loses_nothing_but_misses(how: str) -> None:
             for thread in threads:
                 thread.join()
         assert wrong == []
-        wait_until_written(tier, keys, frames)
+        retried(lambda: tier.write(keys, frames), TierUnavailable)
         assert read_frames(tier, keys, 50_000) == [bytes(frame) for frame in frames]
 
 

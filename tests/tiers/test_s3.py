@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +20,7 @@ from kvstrata.testing.process import free_port
 from kvstrata.testing.proxy import Flow, Link, Proxy
 from kvstrata.testing.s3_server import BUCKET, ENVIRONMENT, SECRET_KEY, S3Server
 from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
+from kvstrata.testing.waiting import retried
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.s3 import S3Options, S3Tier
 from kvstrata.tiers.s3.names import object_name
@@ -190,6 +193,38 @@ def test_bodies_that_nobody_reads_are_let_go(url: str, monkeypatch: pytest.Monke
             answer.stream()
 
 
+@pytest.mark.usefixtures("s3_server")  # then the library's own threads are there
+def test_a_body_longer_than_announced_is_unavailable_and_stays_inside_its_buffer() -> None:
+    """Of a range, whose size is in another header than the body's."""
+    part = 8 << 20
+    listing = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+    head = b"HTTP/1.1 206 Partial Content\r\nETag: x\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\n"
+    head += b"Content-Range: bytes 0-%d/%d\r\nContent-Length: %d\r\n" % (part - 1, part, part + 10)
+
+    def serve(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    is_listing = b"list-type" in connection.recv(1 << 16)
+                    answer = (
+                        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(listing) if is_listing else head
+                    )
+                    body = listing if is_listing else bytes(part + 10)
+                    connection.sendall(answer + b"Connection: close\r\n\r\n" + body)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        memory = memoryview(bytearray(b"\xaa" * (part + 100)))
+        tier = open_tier(f"s3://{BUCKET}?endpoint=http://127.0.0.1:{listener.getsockname()[1]}")
+        with contextlib.closing(tier), pytest.raises(TierUnavailable, match="announced"):
+            tier.read(make_keys(1), [memory[: part + 50]])
+        assert memory[part:] == b"\xaa" * 100
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
 class _Body:
     """An answer of which the last bytes are late."""
 
@@ -238,7 +273,7 @@ def test_a_server_that_hangs_and_one_that_is_not_there(
     s3_server: S3Server, url: str, keys: list[str]
 ) -> None:
     with contextlib.closing(open_tier(url, timeout_seconds=0.5, known_seconds=0)) as tier:
-        tier.write(keys[:2], [make_frame(100)] * 2)
+        retried(lambda: tier.write(keys[:2], [make_frame(100)] * 2), TierUnavailable)
         s3_server.suspend()
         try:
             for operation in operations(tier, keys[:2]):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -78,6 +79,22 @@ def test_the_next_address_is_tried() -> None:
             assert sock.getpeername() == listener.getsockname()
         with pytest.raises(ConnectionRefusedError):
             sockets.connect(addresses[:1], time.monotonic() + 5)
+
+
+def test_an_address_that_hangs_leaves_time_for_the_next() -> None:
+    """As a lost host of several does, or an IPv6 route that leads nowhere: nobody answers the first packet."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        answering = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        addresses = [(socket.AF_INET, each.getsockname()) for each in (full, answering)]
+        deadline = time.monotonic() + 2
+        with sockets.connect(addresses, deadline) as sock:
+            assert time.monotonic() < deadline, "there is time to log in"
+            assert sock.getpeername() == answering.getsockname()
 
 
 def test_a_peer_that_resets_before_the_handshake_leaves_no_socket() -> None:

@@ -144,17 +144,17 @@ class Service:
         self._complained_at = -_QUIET_SECONDS
         self._num_silent = 0
 
-    async def take_keys(self, call: wire.Call) -> int:
-        """Wait for room for the keys of ``call``; what to give back to ``keys_in_flight`` once it is answered.
+    async def take_keys(self, num_keys: int, num_bytes: int) -> int:
+        """Wait for room for a list of keys; what to give back to ``keys_in_flight`` once it has been used or sent.
 
         Raises:
             ProtocolError: there was none in time.
         """
-        size = call.keys_bytes + call.num_keys * _KEY_BYTES
+        size = min(num_bytes + num_keys * _KEY_BYTES, self.keys_in_flight.max_bytes)
         if size <= _FEW_KEYS_BYTES:
             return 0
         if not await self.keys_in_flight.take(size, _PATIENCE * self.options.message_seconds):
-            raise ProtocolError(f"no room for a list of {call.num_keys} keys: ask for fewer at once")
+            raise ProtocolError(f"no room for a list of {num_keys} keys: ask for fewer at once")
         return size
 
     async def receive(

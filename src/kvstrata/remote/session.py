@@ -164,10 +164,14 @@ class Session:
             if room < 0:
                 break
             keys.append(key)
-        body = b"\n".join(keys)
-        await self._send(
-            [Reply(wire.OK, len(body), Form(4, 0, (len(body), 0, 0, 0))).pack(), body], len(body)
-        )
+        taken = await self._service.take_keys(len(keys), self._options.max_frame_bytes - room)
+        try:
+            body = b"\n".join(keys)
+            await self._send(
+                [Reply(wire.OK, len(body), Form(4, 0, (len(body), 0, 0, 0))).pack(), body], len(body)
+            )
+        finally:
+            self._service.keys_in_flight.give_back(taken)
 
     # -- the extended language
 
@@ -180,7 +184,7 @@ class Session:
                 await self._check_proof(call)
                 return
             self.deadline = _NEVER  # others may be before it; that is not its fault
-            keys_bytes = await self._service.take_keys(call)
+            keys_bytes = await self._service.take_keys(call.num_keys, call.keys_bytes)
             self._allow(call.keys_bytes)
             keys = wire.unpack_keys(await self._input.take(call.keys_bytes), call.num_keys)
             self.deadline = _NEVER

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -36,11 +37,24 @@ class ServerFailed(RuntimeError):
         self.summary = summary or message
 
 
+_PORTS = range(10_000, 32_768)
+"""Below those that Linux gives to connections and to sockets that want any (``ip_local_port_range``): none of them
+gets a port whose server is not there yet, or is being started anew."""
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port of 127.0.0.1 that is free, and that this process was not given before."""
+    while True:
+        port = secrets.choice(_PORTS)
+        if port in _given_ports:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _given_ports.add(port)
         return port
 
 

@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 PATIENCE_SECONDS = 20.0
 
 
@@ -19,6 +21,23 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIEN
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.01)
+
+
+def retried(call: Callable[[], T], error: type[Exception], seconds: float = PATIENCE_SECONDS) -> T:
+    """What ``call`` returns, once it does not raise ``error`` any more: something has to come back first, or has a
+    deadline so short that a busy machine misses it now and then.
+
+    Raises:
+        Exception: the last ``error``, when that takes longer than ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except error:
+            if time.monotonic() > deadline:
+                raise
         time.sleep(0.01)
 
 

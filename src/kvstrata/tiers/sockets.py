@@ -164,6 +164,12 @@ def connecting(name: str) -> Iterator[None]:
         raise TierUnavailable(f"{name}: cannot connect: {reason}") from error
 
 
+def fair_share(deadline: float, num_left: int) -> float:
+    """The seconds that the next of ``num_left`` servers may take: what hangs must leave time for the others, and
+    yet a share must be enough to log in where there are hundreds."""
+    return (deadline - time.monotonic()) / min(num_left, 3)
+
+
 def connect(
     addresses: Sequence[Address],
     deadline: float,
@@ -171,7 +177,8 @@ def connect(
     context: ssl.SSLContext | None = None,
     server_hostname: str = "",
 ) -> socket.socket:
-    """A socket connected to the first of ``addresses`` that answers, its TLS handshake done.
+    """A socket connected to the first of ``addresses`` that answers, its TLS handshake done. One that hangs leaves
+    time for the others: a host of several that is lost, or a route of IPv6 that leads nowhere.
 
     ``deadline``: on the clock ``time.monotonic``, for all of it.
 
@@ -198,10 +205,10 @@ def connect(
 
 def _first(addresses: Sequence[Address], deadline: float) -> socket.socket:
     failure: OSError = OSError("no address")
-    for family, address in addresses:
+    for number, (family, address) in enumerate(addresses):
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            sock.settimeout(max(fair_share(deadline, len(addresses) - number), 0.001))
             sock.connect(address)
         except OSError as error:
             sock.close()

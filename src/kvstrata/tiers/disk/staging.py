@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import logging
@@ -50,21 +51,9 @@ class Staging:
         """Delete what writers left that are gone, or that hold no lock and are old; how many others live."""
         num_others = 0
         for entry in entries_of(self._root):
-            if entry.path == self._directory or not entry.is_dir(follow_symlinks=False):
-                continue
-            try:
-                fd = _locked(f"{entry.path}/lock")
-            except FileNotFoundError:
-                fd = -1
-                if time.time() - entry.stat().st_mtime < STAGING_AGE_SECONDS:
-                    continue
-            else:
-                if fd < 0:
-                    num_others += 1
-                    continue
-            _remove_directory(entry.path)
-            if fd >= 0:
-                os.close(fd)
+            if entry.path != self._directory and entry.is_dir(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):  # others that start now do the same
+                    num_others += not _removed_if_orphaned(entry)
         return num_others
 
     def close(self) -> None:
@@ -85,6 +74,23 @@ def _locked(path: str, flags: int = 0) -> int:
         pass
     os.close(fd)
     return -1
+
+
+def _removed_if_orphaned(entry: os.DirEntry[str]) -> bool:
+    """False when its writer lives. Without a lock nobody knows: that goes, too, but only when it is old."""
+    try:
+        fd = _locked(f"{entry.path}/lock")
+    except FileNotFoundError:
+        if time.time() - entry.stat().st_mtime >= STAGING_AGE_SECONDS:
+            _remove_directory(entry.path)
+        return True
+    if fd < 0:
+        return False
+    try:
+        _remove_directory(entry.path)
+    finally:
+        os.close(fd)
+    return True
 
 
 def _remove_directory(path: str) -> None:

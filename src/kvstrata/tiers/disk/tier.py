@@ -25,7 +25,7 @@ from kvstrata.tiers.base import QuotaTier, TierOptions
 from kvstrata.tiers.disk.index import FILES_AT_ONCE, Index
 from kvstrata.tiers.disk.staging import STAGING, Staging
 from kvstrata.tiers.files import FULL, allocate, key_files, read_into, rename_into, translated, write_all
-from kvstrata.tiers.paths import key_path
+from kvstrata.tiers.paths import key_path, path_to_write
 from kvstrata.types import Miss, MissReason, TierStats
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,8 @@ class DiskTier(QuotaTier):
         """See :class:`Tier`.
 
         Raises:
-            TierFull: the device or a quota is full and evicting did not help, or a frame exceeds the budget.
+            TierFull: the device or a quota is full and evicting did not help, a frame exceeds the budget, or a key
+                is too long for a path.
             ValueError: not a key.
         """
         with translated("write", self._root):
@@ -137,9 +138,7 @@ class DiskTier(QuotaTier):
                 self._write(key, frame)
 
     def _write(self, key: str, frame: memoryview) -> None:
-        path = key_path(key)
-        if path is None:
-            raise ValueError(f"not a key of kvstrata: {key!r}")
+        path = path_to_write(key)
         size = len(frame)
         if size > self.options.max_bytes:
             raise TierFull(f"frame of {size} bytes, disk budget of {self.options.max_bytes} bytes")

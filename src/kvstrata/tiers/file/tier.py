@@ -26,7 +26,7 @@ from kvstrata.tiers.file.cleaner import Cleaner
 from kvstrata.tiers.file.clock import ServerClock
 from kvstrata.tiers.file.state import STATE
 from kvstrata.tiers.files import allocate, key_files, read_into, translated, write_all
-from kvstrata.tiers.paths import key_path
+from kvstrata.tiers.paths import key_path, path_to_write
 from kvstrata.types import Miss, MissReason, TierStats
 
 TOUCH_SECONDS = 60.0
@@ -165,14 +165,13 @@ class FileTier(Tier):
         """See :class:`Tier`. Takes part in cleaning while it is due.
 
         Raises:
-            TierFull: the device or a quota is full, cleaning has not kept up, or a frame exceeds the budget.
+            TierFull: the device or a quota is full, cleaning has not kept up, a frame exceeds the budget, or a key
+                is too long for a path.
             ValueError: not a key.
         """
         with translated("write", self._root):
             for key, frame in zip(keys, frames, strict=True):
-                path = key_path(key)
-                if path is None:
-                    raise ValueError(f"not a key of kvstrata: {key!r}")
+                path = path_to_write(key)
                 self._check_presence()
                 self._cleaner.admit(len(frame))
                 self._write(f"{self._root}/{path}", frame)

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
 from kvstrata.tiers.base import Tier, TierOptions
+from kvstrata.tiers.connections import Connections
 from kvstrata.tiers.infinistore import protocol
 from kvstrata.tiers.seal import SEAL_BYTES, make_seal
 from kvstrata.tiers.sockets import DeadlineSocket, connect, resolve
@@ -51,10 +52,9 @@ class InfiniStoreTier(Tier):
         """
         self.options = options
         self._host, self._port = _address(options.url)
+        self._connections = Connections(self.describe(), options.num_workers, self._connect)
         self._lock = threading.Lock()
-        self._idle: list[DeadlineSocket] = []
         self._known: dict[str, None] = {}
-        self._is_closed = False
         self._said_partial = False
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
@@ -157,21 +157,12 @@ class InfiniStoreTier(Tier):
         return f"infinistore://{host}:{self._port}"
 
     def close(self) -> None:
-        with self._lock:
-            self._is_closed = True
-            idle, self._idle = self._idle, []
-        for sock in idle:
-            sock.close()
+        self._connections.close()
 
     @contextmanager
     def _connection(self) -> Iterator[DeadlineSocket]:
         """A connection of one's own, with the deadline of one batch; kept unless something goes wrong."""
-        with self._lock:
-            if self._is_closed:
-                raise TierUnavailable("the infinistore tier is closed")
-            sock = self._idle.pop() if self._idle else None
-        if sock is None:
-            sock = self._connect()
+        sock, _ = self._connections.acquire(self.options.timeout_seconds)
         sock.start(self.options.timeout_seconds)
         try:
             yield sock
@@ -179,18 +170,10 @@ class InfiniStoreTier(Tier):
             sock.close()
             raise
         finally:
-            self._give_back(sock)
+            self._connections.release(sock)
 
-    def _give_back(self, sock: DeadlineSocket) -> None:
-        with self._lock:
-            keep = not (sock.closed or self._is_closed or len(self._idle) >= self.options.num_workers)
-            if keep:
-                self._idle.append(sock)
-        if not keep:
-            sock.close()
-
-    def _connect(self) -> DeadlineSocket:
-        deadline = time.monotonic() + self.options.connect_timeout_seconds
+    def _connect(self, timeout_seconds: float) -> DeadlineSocket:
+        deadline = time.monotonic() + min(timeout_seconds, self.options.connect_timeout_seconds)
         try:
             return DeadlineSocket(
                 connect(resolve(self._host, self._port, deadline), deadline), self.describe()

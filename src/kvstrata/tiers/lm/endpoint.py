@@ -52,10 +52,10 @@ def parse_url(url: str) -> Endpoint:
         query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
     except ValueError:
         # The parser's own message may quote a token that has a / or # in it.
-        raise ConfigError(
-            f"url of the lm tier cannot be read ({scheme}://...): a wrong port or query, or a token with"
-            " characters that need percent encoding"
-        ) from None
+        raise _unreadable(scheme) from None
+    if parts.fragment or ("@" in parts.query and not query.keys() <= set(TLS_PARAMETERS)):
+        # A token with a # or ? in it. What stands before that would pass for the host, and be shown.
+        raise _unreadable(scheme)
     if not parts.hostname or not port or parts.path.strip("/"):
         raise wrong("lm", "expected lm://[:token@]host:port, as in lm://cache.example:65432")
     for name in query:
@@ -68,6 +68,13 @@ def parse_url(url: str) -> Endpoint:
         port=port,
         token=unquote(parts.password or parts.username or ""),
         **(tls_fields("lm", query) if scheme == "lms" else {}),
+    )
+
+
+def _unreadable(scheme: str) -> ConfigError:
+    return ConfigError(
+        f"url of the lm tier cannot be read ({scheme}://...): a wrong port or query, or a token with"
+        " characters that need percent encoding"
     )
 
 

@@ -14,10 +14,11 @@ import msgspec
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.connections import Busy
 from kvstrata.tiers.redis.batch import Answer, Request
-from kvstrata.tiers.redis.login import fair_share, masked
+from kvstrata.tiers.redis.login import masked
 from kvstrata.tiers.redis.resp import Connection, ErrorReply, command
 from kvstrata.tiers.redis.server import REJOIN_CODES, Server
 from kvstrata.tiers.redis.topology import Again, Ask, Topology
+from kvstrata.tiers.sockets import fair_share
 
 MAX_ROUNDS = 4
 """How often a name is routed: redirections that contradict each other must end."""

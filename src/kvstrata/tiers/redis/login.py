@@ -11,12 +11,6 @@ from kvstrata.tiers.redis.resp import Connection, ErrorReply, Reply, command
 from kvstrata.tiers.sockets import connecting
 
 
-def fair_share(deadline: float, num_left: int) -> float:
-    """The seconds that the next of ``num_left`` servers may take: what hangs must leave time for the others, and
-    yet a share must be enough to log in where there are hundreds."""
-    return (deadline - time.monotonic()) / min(num_left, 3)
-
-
 def log_in(
     endpoint: Endpoint, context: ssl.SSLContext | None, timeout_seconds: float, *, role: str = ""
 ) -> Connection:

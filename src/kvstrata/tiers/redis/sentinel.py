@@ -16,11 +16,12 @@ import msgspec
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.redis.endpoint import Endpoint
-from kvstrata.tiers.redis.login import fair_share, log_in
+from kvstrata.tiers.redis.login import log_in
 from kvstrata.tiers.redis.resp import ErrorReply, Reply, command
 from kvstrata.tiers.redis.server import Limits, Server
 from kvstrata.tiers.redis.topology import Again, Ask, Route, Topology
 from kvstrata.tiers.redis.url import Deployment
+from kvstrata.tiers.sockets import fair_share
 
 log = logging.getLogger(__name__)
 

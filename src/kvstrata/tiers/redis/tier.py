@@ -5,7 +5,7 @@ redis-py is not used: it cannot read a value into the caller's memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -245,9 +245,9 @@ class RedisTier(ExpiringTier):
         found = [server.info("memory") for server in servers if len(servers) == 1 or server.outage.is_over()]
         if not found:
             raise TierUnavailable(f"{self.describe()}: all servers are down")
-        budgets = [int(fields.get("maxmemory", 0)) for fields in found]
+        budgets = [_number(fields, "maxmemory") for fields in found]
         return TierStats(
-            used_bytes=sum(int(fields.get("used_memory", 0)) for fields in found),
+            used_bytes=sum(_number(fields, "used_memory") for fields in found),
             budget_bytes=sum(budgets) if all(budgets) else None,
         )
 
@@ -299,6 +299,12 @@ def _steps(entry: Entry, ttl_seconds: int | None, *, peeks: bool) -> list[tuple[
     if ttl_seconds is not None:
         steps.append((metadata_name, [command(b"EXPIRE", metadata_name, b"%d" % ttl_seconds)]))
     return steps
+
+
+def _number(fields: Mapping[str, str], name: str) -> int:
+    """A number of INFO; 0 when the server does not say it, or says something else."""
+    text = fields.get(name, "")
+    return int(text) if text.isdecimal() and len(text) < 20 else 0
 
 
 def _result(outcome: Outcome, room: int) -> int | Miss:

@@ -86,6 +86,9 @@ def parse_url(url: str) -> Deployment:
     except ValueError:
         # The parser's own message may quote a password that has a / or # in it.
         raise _unreadable(scheme) from None
+    if parts.fragment or ("@" in parts.query and not query.keys() <= set(PARAMETERS)):
+        # A password with a # or ? in it. What stands before that would pass for the host, and be shown.
+        raise _unreadable(scheme)
     _check_names(query)
     if scheme == "unix":
         _refuse(query, ("ssl", *TLS_PARAMETERS), "needs rediss://")

@@ -181,7 +181,8 @@ async def _copy(result: GetResult, buffer: memoryview) -> None:
     """A body of exactly the buffer's size. One copy: no S3 client for Python reads into the caller's memory."""
     position = 0
     async for part in result.stream(min_chunk_size=STREAM_BYTES):
-        buffer[position : position + len(part)] = part
+        if len(part) <= len(buffer) - position:
+            buffer[position : position + len(part)] = part
         position += len(part)
     if position != len(buffer):
         raise ConnectionResetError(f"a body of {position} bytes, {len(buffer)} announced")
