@@ -136,11 +136,18 @@ def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["benchmark"] == "tier"
 
 
-def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "tier", "gopher://x"]) == 2
     assert "gopher" in capsys.readouterr().err
     assert main(["bench", "lookup", "--transport", "pigeon"]) == 2
     assert "pigeon" in capsys.readouterr().err
+    for option in ("--json", "--svg"):
+        assert main(["bench", "quality", option, str(tmp_path / "none" / "x")]) == 2
+        assert "there is no folder" in capsys.readouterr().err
+    assert main(["bench", "codec", "--codec", "zstd:99", "--cache-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "expected an integer from 1 to 19" in said
+    assert "computing" not in said
 
 
 def test_codec_weighs_times_and_checks_them() -> None:

@@ -35,7 +35,7 @@ def test_required_encryption_wants_a_codec_that_encrypts(tmp_path: Path) -> None
         "remote_serde": "floats",
     }
     with contextlib.closing(SharedRegion.create(1 << 20, str(tmp_path))) as region:
-        with pytest.raises(ConfigError, match=r"tier redis .* 'floats': add \+aesgcm"):
+        with pytest.raises(ConfigError, match=r"tier redis .* 'floats': set one that ends with aesgcm"):
             build_cache(load_settings({}, overrides=given).settings, region, Metrics())
         given["remote_serde"] = "floats+aesgcm"
         build_cache(load_settings({}, overrides=given).settings, region, Metrics()).close(1.0)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from kvstrata.codecs.base import PayloadDescription
 from kvstrata.codecs.open import Decoders, open_codec
 from kvstrata.config import Settings
 from kvstrata.errors import ConfigError
-from kvstrata.frame import MAGIC, FrameHeader
+from kvstrata.frame import FRAME_VERSION, MAGIC, FrameHeader
 from kvstrata.operations.entries import Entries
 from kvstrata.operations.jobs import Job
 from kvstrata.operations.scope import Scope
@@ -32,7 +33,7 @@ from kvstrata.tiers.base import Tier
 from kvstrata.tiers.dict import DictTier
 from kvstrata.tiers.disk import DiskOptions, DiskTier
 from kvstrata.tiers.redis import RedisOptions, RedisTier
-from kvstrata.types import Hit, MissReason, Piece
+from kvstrata.types import Hit, Miss, MissReason, Piece
 
 POOL_BYTES = 4 << 20
 SPELLINGS = ("naive", "floats", "zstd:1", "lz4", "aesgcm", "floats+aesgcm")
@@ -151,6 +152,52 @@ def test_what_cannot_be_read_here_is_a_miss_and_stays(
         # Computed and stored again, it is written as this member writes.
         put(reader, asked)
         assert {FrameHeader.unpack(frame).codec for frame in tier.frames.values()} == {"naive"}
+
+
+class LateVersion(DictTier):
+    """Delivers frames of a version that comes after this one's."""
+
+    def read(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[int | Miss]:
+        results = super().read(keys, buffers)
+        for buffer in buffers:
+            buffer[4:6] = (FRAME_VERSION + 1).to_bytes(2, "little")
+        return results
+
+
+class Broken(ZipCodec):
+    def decode(
+        self, encoded: memoryview, what: PayloadDescription, parameters: str, into: memoryview
+    ) -> None:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("reason", [MissReason.LAYOUT_MISMATCH, MissReason.UNKNOWN_CODEC])
+def test_a_later_version_or_a_codec_that_fails_is_no_reason_to_delete(
+    reason: MissReason, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = LateVersion() if reason is MissReason.LAYOUT_MISMATCH else DictTier()
+    asked = prompt(3 * CHUNK_SIZE, seed=1)
+    with open_core([tier], pool_bytes=POOL_BYTES, codecs=[ZipCodec()]) as writer:
+        put(writer, asked)
+    stored = dict(tier.frames)
+    assert len(stored) == 3
+    with open_core([tier], pool_bytes=POOL_BYTES, decoders=Decoders(known=[Broken()])) as reader:
+        for _ in range(2):
+            assert get(reader, asked).miss_reason == reason
+        assert tier.frames == stored
+        assert sum("cannot be read here" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_keys_are_read_once(keys: dict[str, str], tmp_path: Path) -> None:
+    """A key file that is changed or gone while a process runs makes no difference to it, also for reading."""
+    entry = {"kind": "disk", "path": str(tmp_path / "disk"), "codec": "aesgcm", "max_bytes": 1 << 30}
+    settings = Settings(max_local_cpu_size=0.02, tiers=(entry,), encryption_key_file=keys["key_file"])
+    asked = prompt(2 * CHUNK_SIZE, seed=1)
+    with LocalClient(settings) as client:
+        store_all(client, asked)
+    with LocalClient(settings) as client:
+        Path(keys["key_file"]).unlink()
+        assert look(client, "r", asked) == len(asked)
 
 
 def test_a_swapped_entry_is_a_miss(keys: dict[str, str]) -> None:

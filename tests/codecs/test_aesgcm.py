@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from pathlib import Path
 
@@ -155,6 +156,14 @@ def test_a_key_file_without_proper_keys_is_refused_and_not_shown(tmp_path: Path,
     assert str(path) in str(caught.value)
     assert "zz" not in str(caught.value)
     assert "ab" * 31 not in str(caught.value)
+
+
+def test_a_key_file_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    """And not waited for: nobody may ever write to a pipe."""
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            codec(str(path))
 
 
 def test_a_missing_key_file_is_refused(tmp_path: Path) -> None:

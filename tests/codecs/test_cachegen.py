@@ -174,5 +174,5 @@ def test_levels_are_spelled_as_options() -> None:
     assert open_codec("cachegen").parameters == "v1,medium"
     assert open_codec("cachegen:high").parameters == "v1,high"
     assert open_codec("cachegen:level=low").parameters == "v1,low"
-    with pytest.raises(ConfigError, match="Invalid enum value 'best'"):
+    with pytest.raises(ConfigError, match="level 'best': expected high, low, medium"):
         open_codec("cachegen:best")

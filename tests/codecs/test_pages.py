@@ -124,6 +124,7 @@ def huge() -> Any:
         (change(heads=((2, 1 << 40),)), "lead out"),
         (change(tokens=((-1, 1), (-32, 64))), "lead out"),
         (huge(), "more than"),
+        (change(tokens=((1, 0),) * 70 + ((32, 64),)), "digits"),
     ],
 )
 def test_what_cannot_be_unpacked_is_refused_with_the_reason(layout: Any, reason: str) -> None:

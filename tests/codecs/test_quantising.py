@@ -89,6 +89,17 @@ def test_fp8_loses_once(dtype: str) -> None:
     assert again == first
 
 
+@pytest.mark.parametrize("spelling", ["int8", "int4", "cachegen:high", "cachegen", "cachegen:low"])
+def test_the_others_lose_little_the_second_time(spelling: str) -> None:
+    """As when what one tier has reaches another."""
+    codec, what = open_codec(spelling), describe_kv(256, heads=2, dims=64)
+    numbers = [make_kv(what)]
+    numbers += [once := decode(codec, encode(codec, numbers[0], what), what)]
+    numbers += [decode(codec, encode(codec, once, what), what)]
+    kv, first, second = (to_float32(each, "bfloat16").astype(np.float64) for each in numbers)
+    assert np.square(second - kv).mean() < 1.05**2 * np.square(first - kv).mean()
+
+
 @pytest.mark.parametrize("spelling", ["fp8", "int8", "int4"])
 def test_heads_and_channels_do_not_spoil_each_other(spelling: str) -> None:
     """One that is a thousand times as large leaves the others as they are; channels of keys, for integers."""

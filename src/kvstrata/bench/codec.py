@@ -87,18 +87,18 @@ def run(
         ConfigError: a codec cannot be had, or there is no model to make KV with.
     """
     machine = environment()
+    measured: dict[str, Measured] = {}
+    notes: list[str] = []
+    with key_file() as path:
+        codecs = chosen(config.codecs, (*LEVELS, "floats+aesgcm"), {"key_file": str(path)}, notes)
     if kv is None:
         progress(f"computing the KV of {config.chunks} passages")
         kv = real_kv(Path(config.cache_dir), config.chunks)
     if len(kv.payloads) < max(THREADS):
         raise ConfigError(f"{max(THREADS)} threads need as many chunks")
-    measured: dict[str, Measured] = {}
-    notes: list[str] = []
-    with key_file() as path:
-        codecs = chosen(config.codecs, (*LEVELS, "floats+aesgcm"), {"key_file": str(path)}, notes)
-        for spelling, codec in codecs.items():
-            progress(spelling)
-            measured[spelling] = _measure(codec, kv, config.runs)
+    for spelling, codec in codecs.items():
+        progress(spelling)
+        measured[spelling] = _measure(codec, kv, config.runs)
     return Report(
         benchmark="codec",
         environment=machine,

@@ -35,9 +35,11 @@ def build_cache(
     Raises:
         ConfigError: a tier, codec or policy cannot be had as configured.
     """
-    decoders = Decoders(_codec_options(settings), encrypted_only=settings.require_encryption)
     policy = plugins.load("policies", settings.cache_policy.lower())()
     configs, codecs = check_tiers(settings)  # what can be refused first
+    decoders = Decoders(
+        _codec_options(settings), _keyed(settings), encrypted_only=settings.require_encryption
+    )
     tiers: list[TierIO] = []
     for config, codec in zip(configs, codecs, strict=True):
         # Look-ups, reads and writes have a thread each, and no fewer connections than that.
@@ -89,8 +91,7 @@ def check_tiers(settings: Settings) -> tuple[list[TierConfig], list[Codec]]:
         PluginError: a codec cannot be loaded.
     """
     configs, options = tier_configs(settings), _codec_options(settings)
-    if settings.encryption_key_file is not None:
-        open_codec("aesgcm", options)  # so that a key file that cannot be used is found at start
+    _keyed(settings)
     _check_policies(settings, configs)
     codecs = [open_codec(config.codec, options) for config in configs]
     _check_encryption(settings, configs, codecs)
@@ -101,13 +102,22 @@ def _codec_options(settings: Settings) -> dict[str, str | None]:
     return {"key_file": settings.encryption_key_file}
 
 
+def _keyed(settings: Settings) -> list[Codec]:
+    """``aesgcm`` with its keys, which are read now: a file that cannot be used is found at start, and one that goes
+    later changes nothing. Empty when there is no file."""
+    if settings.encryption_key_file is None:
+        return []
+    return [open_codec("aesgcm", _codec_options(settings))]
+
+
 def _check_encryption(settings: Settings, configs: Sequence[TierConfig], codecs: Sequence[Codec]) -> None:
     """Raises ConfigError where a tier would be written that could not be read."""
     for config, codec in zip(configs, codecs, strict=True):
         if settings.require_encryption and not codec.encrypts:
             raise ConfigError(
                 f"require_encryption is set, but tier {config.name} is written with codec {config.codec!r}: "
-                "add +aesgcm to it"
+                "set one that ends with aesgcm, such as floats+aesgcm (remote_serde for remote_url, codec for an "
+                "item of tiers)"
             )
 
 

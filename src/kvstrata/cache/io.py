@@ -41,6 +41,9 @@ _SIZE_SECONDS = 0.25
 """How long statistics wait for a backend; then they show what it said the last time."""
 
 _DELETES_AT_ONCE = 256
+_FOR_OTHERS = (MissReason.LAYOUT_MISMATCH, MissReason.UNKNOWN_CODEC, MissReason.UNDECRYPTABLE)
+"""Why an entry that is whole cannot be read here: those of a later version can, or those with other libraries or
+keys. It is not deleted."""
 _MAX_SAID = 16
 """Different reasons why entries cannot be read that a tier's log names."""
 
@@ -186,10 +189,10 @@ class TierIO:
         for transfer, miss in zip(batch, outcome, strict=True):
             if miss is not None:
                 self._metrics.frame_missed(self.name, miss.reason)
-                if miss.reason in (MissReason.CORRUPT, MissReason.LAYOUT_MISMATCH):
+                if miss.reason is MissReason.CORRUPT:
                     logger.warning("tier %s: entry %s is unusable: %s", self.name, transfer.key, miss.detail)
                     bad.append(transfer.key)
-                elif miss.reason in (MissReason.UNKNOWN_CODEC, MissReason.UNDECRYPTABLE):
+                elif miss.reason in _FOR_OTHERS:
                     self._say_once(transfer.key, miss.detail)
         if reading.span is not None:
             read_batch(reading.span, self.name, outcome, time.monotonic() - started)
@@ -228,8 +231,9 @@ class TierIO:
             logger.error("tier %s: no memory to decode entry %s", self.name, transfer.key)
             return Miss(MissReason.NO_SPACE)
         if error is not None:
+            # The checksum was right: it is this process that cannot decode it.
             logger.error("tier %s: a codec broke its contract", self.name, exc_info=error)
-            return Miss(MissReason.CORRUPT, str(error))
+            return Miss(MissReason.UNKNOWN_CODEC, f"decoding failed: {type(error).__name__}")
         return miss
 
     # Writes

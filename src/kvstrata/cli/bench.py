@@ -26,9 +26,22 @@ app = typer.Typer(
 
 T = TypeVar("T")
 
+
+def _writable(file: str | None) -> str | None:
+    """Found out before minutes of measuring."""
+    if file not in (None, "-") and not Path(file).parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(Path(file).parent)!r} to write {file!r} to")
+    return file
+
+
 Json = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE|-", help="Write all figures as JSON to a file, or print them."),
+    typer.Option(
+        "--json",
+        metavar="FILE|-",
+        callback=_writable,
+        help="Write all figures as JSON to a file, or print them.",
+    ),
 ]
 Codecs = Annotated[
     list[str] | None,
@@ -119,7 +132,9 @@ def quality(
     rest_tokens: Annotated[int | None, typer.Option(min=2, max=900, help="Tokens to predict.")] = None,
     model: Model = None,
     cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="For the model.")] = None,
-    svg: Annotated[str | None, typer.Option(metavar="FILE", help="Draw size against loss.")] = None,
+    svg: Annotated[
+        str | None, typer.Option(metavar="FILE", callback=_writable, help="Draw size against loss.")
+    ] = None,
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
@@ -274,7 +289,9 @@ def link(
     cache_dir: LogDir = None,
     prompt_tokens: PromptTokens = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Requests for each codec and speed.")] = None,
-    svg: Annotated[str | None, typer.Option(metavar="FILE", help="Draw times against speeds.")] = None,
+    svg: Annotated[
+        str | None, typer.Option(metavar="FILE", callback=_writable, help="Draw times against speeds.")
+    ] = None,
     as_json: Json = None,
 ) -> int:
     """Time a real vLLM's first token with each codec, and Redis behind links of several speeds.

@@ -50,12 +50,14 @@ def _key_id(key: bytes) -> str:
 
 def _read_keys(path: Path) -> list[bytes]:
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # a pipe would be waited for, and is empty the second time
+            raise ConfigError(f"key file {path} is not a regular file; {_HOW}")
+        if mode & (stat.S_IRWXO | stat.S_IWGRP):
+            raise ConfigError(
+                f"key file {path} may be read or changed by others (mode {stat.S_IMODE(mode):o}): chmod 600 it"
+            )
         with path.open() as file:
-            mode = path.stat().st_mode
-            if mode & (stat.S_IRWXO | stat.S_IWGRP):
-                raise ConfigError(
-                    f"key file {path} may be read or changed by others (mode {stat.S_IMODE(mode):o}): chmod 600 it"
-                )
             lines = [line.partition("#")[0].strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"

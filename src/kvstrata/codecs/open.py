@@ -14,7 +14,8 @@ from kvstrata.config import chain_fault, parse_codec
 from kvstrata.errors import ConfigError, FrameError, PluginError
 from kvstrata.types import MissReason
 
-_MAX_NAME, _MAX_PARAMETERS = 16, 32
+_MAX_PARAMETERS = 32
+"""Characters that a frame has room for."""
 
 
 def open_codec(text: str, general: Mapping[str, Any] | None = None) -> Codec:
@@ -29,8 +30,11 @@ def open_codec(text: str, general: Mapping[str, Any] | None = None) -> Codec:
         PluginError: there is no such codec, or it cannot be loaded.
     """
     codec = spelled_codec(text, general)
-    if len(codec.name) > _MAX_NAME or len(codec.parameters) > _MAX_PARAMETERS:
-        raise ConfigError(f"codec {text!r} is not allowed: the names of such a chain do not fit into a frame")
+    if len(codec.parameters) > _MAX_PARAMETERS:
+        raise ConfigError(
+            f"codec {text!r} is not allowed: a frame has no room for {codec.parameters!r}, what it must say of "
+            "such a chain; leave one codec out"
+        )
     return codec
 
 

@@ -34,6 +34,8 @@ MAX_NUMBER = {
 """The largest number of each type."""
 
 _MAX_ELEMENTS = 1 << 24
+_MAX_DIGITS = 32
+"""NumPy's arrays have at most 64 dimensions, and one goes to layers, one to blocks."""
 _ELEMENTS_AT_ONCE = 1 << 19
 
 
@@ -59,6 +61,8 @@ def _why_opaque(layout: KVLayout) -> str:
     if elements > _MAX_ELEMENTS:
         return f"its pages have {elements} elements, more than {_MAX_ELEMENTS}"
     orders = (pages.keys, pages.values)
+    if any(len(_digits(order)) > _MAX_DIGITS for order in orders):
+        return f"its pages are described with more than {_MAX_DIGITS} digits"
     if any(_leads_out(order, elements) for order in orders):
         return "its pages are described with strides that lead out of them"
     used = np.zeros(elements, np.bool_)

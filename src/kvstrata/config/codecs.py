@@ -16,6 +16,9 @@ import msgspec
 from kvstrata import plugins
 from kvstrata.config.nearest import nearest
 
+MAX_NAME = 16
+"""Characters of a codec's name, the whole chain's, that a frame has room for."""
+
 _OPTION = re.compile(r"(?:(?P<key>[a-z_]+)=)?(?P<value>[a-z0-9._-]+)")
 
 
@@ -30,6 +33,12 @@ def parse_codec(text: str) -> list[tuple[str, dict[str, str]]]:
     fault = chain_fault([plugins.load("codecs", name).stage for name, _ in codecs])
     if fault:
         raise ValueError(fault)
+    chain = "+".join(name for name, _ in codecs)
+    if len(chain) > MAX_NAME:
+        raise ValueError(
+            f"a frame has no room for the name {chain!r}, {len(chain)} characters of {MAX_NAME} at most: leave one "
+            "codec out or choose one with a shorter name"
+        )
     return codecs
 
 
@@ -55,18 +64,36 @@ def _one(text: str) -> tuple[str, dict[str, str]]:
     for part in rest.split(",") if colon else ():
         match = _OPTION.fullmatch(part.strip())
         if match is None:
-            raise ValueError(f"codec {name!r}: expected {name}:VALUE or {name}:OPTION=VALUE,OPTION=VALUE")
+            raise ValueError(
+                f"codec {name!r}: expected {name}:VALUE or {name}:OPTION=VALUE,OPTION=VALUE; a value is a number "
+                "or a word"
+            )
         key = match["key"] or (fields[0] if fields and not options else "")
         if key not in fields:
             listed = ", ".join(fields) or "none"
             raise ValueError(f"codec {name!r} has no option {key or part!r}; it has {listed}")
+        if key in options:
+            raise ValueError(f"codec {name!r} has two values for {key}")
         options[key] = match["value"]
-    _check(name, options, options_type)
+        _check(name, key, match["value"], options_type)
     return name, options
 
 
-def _check(name: str, options: dict[str, str], options_type: Any) -> None:
+def _check(name: str, key: str, value: str, options_type: Any) -> None:
     try:
-        msgspec.convert(options, options_type, strict=False)
+        msgspec.convert({key: value}, options_type, strict=False)
     except msgspec.ValidationError as error:
-        raise ValueError(f"codec {name!r}: {error}") from None
+        raise ValueError(
+            f"codec {name!r}: {key} {value!r}: expected {_allowed(options_type, key) or error}"
+        ) from None
+
+
+def _allowed(options_type: Any, key: str) -> str:
+    """What an option takes, for people; empty for types that codecs of ours do not have."""
+    types = {field.name: field.type for field in msgspec.inspect.type_info(options_type).fields}
+    match types[key]:
+        case msgspec.inspect.LiteralType(values=values):
+            return ", ".join(map(str, values))
+        case msgspec.inspect.IntType(ge=least, le=most):
+            return f"an integer from {least} to {most}"
+    return ""
