@@ -90,10 +90,11 @@ def _check(name: str, key: str, value: str, options_type: Any) -> None:
 
 def _allowed(options_type: Any, key: str) -> str:
     """What an option takes, for people; empty for types that codecs of ours do not have."""
-    types = {field.name: field.type for field in msgspec.inspect.type_info(options_type).fields}
-    match types[key]:
-        case msgspec.inspect.LiteralType(values=values):
-            return ", ".join(map(str, values))
-        case msgspec.inspect.IntType(ge=least, le=most):
-            return f"an integer from {least} to {most}"
+    for field in msgspec.structs.fields(options_type):
+        if field.name == key:
+            kind = msgspec.inspect.type_info(field.type)
+            if isinstance(kind, msgspec.inspect.LiteralType):
+                return ", ".join(map(str, kind.values))
+            if isinstance(kind, msgspec.inspect.IntType):
+                return f"an integer from {kind.ge} to {kind.le}"
     return ""
