@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from kvstrata.cache.breaker import Breaker
-from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
+from kvstrata.cache.frames import FOR_OTHERS, Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.cache.spans import read_batch
 from kvstrata.cache.steps import contains_in_steps
 from kvstrata.cache.walk import Candidates
@@ -41,9 +41,6 @@ _SIZE_SECONDS = 0.25
 """How long statistics wait for a backend; then they show what it said the last time."""
 
 _DELETES_AT_ONCE = 256
-_FOR_OTHERS = (MissReason.LAYOUT_MISMATCH, MissReason.UNKNOWN_CODEC, MissReason.UNDECRYPTABLE)
-"""Why an entry that is whole cannot be read here: those of a later version can, or those with other libraries or
-keys. It is not deleted."""
 _MAX_SAID = 16
 """Different reasons why entries cannot be read that a tier's log names."""
 
@@ -189,10 +186,10 @@ class TierIO:
         for transfer, miss in zip(batch, outcome, strict=True):
             if miss is not None:
                 self._metrics.frame_missed(self.name, miss.reason)
-                if miss.reason is MissReason.CORRUPT:
+                if miss.reason == MissReason.CORRUPT:
                     logger.warning("tier %s: entry %s is unusable: %s", self.name, transfer.key, miss.detail)
                     bad.append(transfer.key)
-                elif miss.reason in _FOR_OTHERS:
+                elif miss.reason in FOR_OTHERS:
                     self._say_once(transfer.key, miss.detail)
         if reading.span is not None:
             read_batch(reading.span, self.name, outcome, time.monotonic() - started)
@@ -231,8 +228,9 @@ class TierIO:
             logger.error("tier %s: no memory to decode entry %s", self.name, transfer.key)
             return Miss(MissReason.NO_SPACE)
         if error is not None:
-            # The checksum was right: it is this process that cannot decode it.
-            logger.error("tier %s: a codec broke its contract", self.name, exc_info=error)
+            logger.error(
+                "tier %s: a codec broke its contract", self.name, exc_info=error
+            )  # the frame is whole
             return Miss(MissReason.UNKNOWN_CODEC, f"decoding failed: {type(error).__name__}")
         return miss
 
