@@ -36,6 +36,10 @@ class MissReason(enum.StrEnum):
     """Less than a chunk is missing, and L1 holds another chunk in its place: one that ends later, or differs."""
 
 
+FOR_OTHERS = (MissReason.LAYOUT_MISMATCH, MissReason.UNKNOWN_CODEC, MissReason.UNDECRYPTABLE)
+"""Of what is whole and cannot be read here: those of a later version can, or with other libraries or keys."""
+
+
 class Miss(msgspec.Struct, frozen=True):
     """A key that a tier could not deliver, and why."""
 

@@ -15,10 +15,6 @@ from kvstrata.frame import HEADER_BYTES, MAX_GROWTH_BYTES, FrameHeader, payload_
 from kvstrata.types import KVLayout, Miss, MissReason
 
 
-FOR_OTHERS = (MissReason.LAYOUT_MISMATCH, MissReason.UNKNOWN_CODEC, MissReason.UNDECRYPTABLE)
-"""Why a frame that is whole cannot be read here, but by those of a later version, or with other libraries or keys."""
-
-
 class Transfer(msgspec.Struct, frozen=True, eq=False):
     """One frame on its way between a slot and a tier."""
 

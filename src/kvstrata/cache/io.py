@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from kvstrata.cache.breaker import Breaker
-from kvstrata.cache.frames import FOR_OTHERS, Transfer, accept_frame, encode_frame, read_buffer
+from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
 from kvstrata.cache.spans import read_batch
 from kvstrata.cache.steps import contains_in_steps
 from kvstrata.cache.walk import Candidates
@@ -28,7 +28,7 @@ from kvstrata.errors import TierError, TierFull, TierPartlyUnavailable, TierUnav
 from kvstrata.metrics import Metrics
 from kvstrata.tiers.base import PROBE_KEY, Tier
 from kvstrata.tracing import Span
-from kvstrata.types import Miss, MissReason, TierStats
+from kvstrata.types import FOR_OTHERS, Miss, MissReason, TierStats
 
 logger = logging.getLogger(__name__)
 
@@ -228,9 +228,7 @@ class TierIO:
             logger.error("tier %s: no memory to decode entry %s", self.name, transfer.key)
             return Miss(MissReason.NO_SPACE)
         if error is not None:
-            logger.error(
-                "tier %s: a codec broke its contract", self.name, exc_info=error
-            )  # the frame is whole
+            logger.error("tier %s: a codec broke its contract", self.name, exc_info=error)
             return Miss(MissReason.UNKNOWN_CODEC, f"decoding failed: {type(error).__name__}")
         return miss
 
