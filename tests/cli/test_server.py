@@ -116,6 +116,15 @@ def test_a_second_server_on_its_sockets_says_what_to_do(
     assert "choose another port (--port) or another runtime_dir" in line
 
 
+def test_a_directory_for_sockets_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    command = ["server", "--port", str(free_port()), "--l1-size-gb", "0.01"]
+    assert main([*command, "--set", f"runtime_dir={tmp_path}/file"]) == 1
+    assert "set runtime_dir to a directory of this user" in capsys.readouterr().err
+
+
 def test_a_tier_that_cannot_be_opened_ends_in_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     process = server(tmp_path, free_port(), free_port(), "--local-disk", str(tmp_path / "file"))

@@ -55,6 +55,8 @@ def check(
 ) -> int:
     """Check a configuration file; the exit status is 0 when it is right, 2 when not.
 
+    A note says what a server would lack that has this file alone; variables may add it.
+
     Of a redis.conf (a name that ends so: .conf) the memory values are checked: Redis' units are not Kubernetes'.
     """
     try:

@@ -16,9 +16,7 @@ EXAMPLE = "Example: kvstrata doctor --config kvstrata.yaml values.yaml"
 def doctor(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="[FILE]...", help="A chart's values or a redis.conf: looks for units Redis lacks."
-        ),
+        typer.Argument(metavar="FILE", help="A chart's values or a redis.conf: looks for units Redis lacks."),
     ] = None,
     skip_engine: Annotated[
         bool, typer.Option("--skip-engine", help="Do not import vLLM, which takes seconds.")

@@ -16,7 +16,7 @@ def explain(
     request_id: Annotated[
         str | None,
         typer.Argument(
-            metavar="[REQUEST_ID]", help="The engine's id of a recent request. Default: list the recent ones."
+            metavar="REQUEST_ID", help="The engine's id of a recent request. Default: list the recent ones."
         ),
     ] = None,
     url: Url = None,

@@ -26,7 +26,7 @@ def ping(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[URL]",
+            metavar="URL",
             help="A server (http://HOST:PORT, tcp://HOST:PORT, ipc://PATH) or a tier (redis://, file:// ...). "
             "Default: the HTTP API of the configuration.",
         ),

@@ -27,7 +27,7 @@ def _option(flag: str, metavar: str, text: str, **more: Any) -> Any:
 Host = Annotated[str, typer.Argument(metavar="HOST", help="Address to listen on.")]
 Port = Annotated[int, typer.Argument(metavar="PORT", min=0, max=65535, help="0: any that is free.")]
 Device = Annotated[
-    str, typer.Argument(metavar="[cpu]", help="As in LMCache's command; only 'cpu', host memory.")
+    str, typer.Argument(metavar="cpu", help="As in LMCache's command; only 'cpu', host memory.")
 ]
 MaxSize = Annotated[float, _option("--max-size-gb", "GIB", "Memory for entries.")]
 Policy = Annotated[str, _option("--eviction-policy", "NAME", "Which entry goes first.")]

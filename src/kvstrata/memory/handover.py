@@ -186,7 +186,8 @@ def _listen(path: Path) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise PoolError(f"cannot hand the L1 pool over at {path}: {error}") from error
+        reason = f"{error.strerror or error}; set runtime_dir to a directory of this user"
+        raise PoolError(f"cannot hand the L1 pool over at {path}: {reason}") from error
     except PoolError:
         listener.close()
         raise
