@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 
 import pytest
 import simulated
@@ -516,6 +517,27 @@ def test_what_was_computed_after_a_failed_load_is_stored(make_engine, client, mo
     other = make_engine()
     assert other.ask("c", PROMPT) == expected_answer(PROMPT, 1)
     assert other.num_computed == 1
+
+
+def test_pending_look_ups_do_not_take_the_schedulers_time(make_engine, client, monkeypatch):
+    engine = make_engine()
+    requests = [engine.add(f"a{n}", [n, *PROMPT]) for n in range(5)]
+    asked = []
+
+    def is_pending(_, lease_id, *__, **___):
+        asked.append(lease_id)
+        time.sleep(0.002)
+        return PENDING
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(client), "lookup", is_pending)
+        for _ in range(50):
+            for request in requests:
+                assert engine.connector.get_num_new_matched_tokens(request, 0) == (None, False)
+    assert len(set(asked)) == len(requests)
+    assert len(asked) < 50 * len(requests) / 2
+    engine.run()
+    assert not engine.connector._scheduler._pending
 
 
 @pytest.mark.parametrize("mla", [True, False])

@@ -23,6 +23,8 @@ class Lookup:
     """Tokens before it were in vLLM's own cache when it began; nothing was loaded for them. A chunk boundary."""
     hit: Hit | None = None
     """None while the answer is pending."""
+    ask_again_at: float = 0.0
+    """While it is pending: not before then (monotonic)."""
     num_local_tokens: int = 0
     """Tokens in vLLM's own cache when it was last asked."""
     logged: bool = False
