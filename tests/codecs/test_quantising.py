@@ -10,7 +10,7 @@ from kvstrata.codecs.base import Codec
 from kvstrata.codecs.fp8 import MAX_VALUE, VALUES, FP8Codec
 from kvstrata.codecs.integers import Int4Codec, Int8Codec, IntegerOptions
 from kvstrata.codecs.open import open_codec
-from kvstrata.codecs.pages import from_float32, pack, to_float32, unpack
+from kvstrata.codecs.pages import MAX_NUMBER, from_float32, pack, to_float32, unpack
 from kvstrata.errors import ConfigError, FrameError
 from kvstrata.testing.codec import describe_kv
 from kvstrata.testing.kv_codec import KVCodecContract, make_kv
@@ -79,6 +79,20 @@ def test_the_codes_of_fp8_are_those_of_the_standard() -> None:
             torch.from_numpy(to_float32(kv, "bfloat16")[:, part].copy()).to(torch.float8_e4m3fn).float()
         )
         assert np.array_equal(decoded, expected.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_code_of_fp8_with_every_scale(dtype: str) -> None:
+    """A frame with a layer for each exponent of a scale; numbers beyond the type's are its largest."""
+    exponents = np.arange(-120, 121)
+    what = describe_kv(32, dtype, layers=len(exponents), heads=1, dims=8)
+    codes = np.tile(np.arange(256, dtype=np.uint8), 2 * len(exponents))
+    encoded = exponents.repeat(2).astype(np.int8).tobytes() + codes.tobytes()
+    with np.errstate(over="ignore"):
+        numbers = np.ldexp(VALUES, exponents[:, None, None])
+    expected = from_float32(numbers.clip(-MAX_NUMBER[dtype], MAX_NUMBER[dtype]), dtype)
+    found = decode(FP8Codec(), encoded, what)
+    assert found.tobytes() == np.broadcast_to(expected, (len(exponents), 2, 256)).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
