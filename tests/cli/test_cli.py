@@ -100,6 +100,17 @@ def test_every_command_has_help_with_an_example_and_json(
     assert "--json" in text
 
 
+@pytest.mark.parametrize("group", [[], ["bench"], ["config"], ["keys"], ["metrics"], ["quota"]])
+def test_the_list_of_commands_is_not_cut_off(
+    group: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*group, "--help"]) == 0
+    _, heading, commands = capsys.readouterr().out.partition("Commands:")
+    assert heading
+    assert "..." not in commands
+
+
 def test_without_arguments_it_shows_help_and_fails() -> None:
     for arguments in ((), ("config",), ("keys",)):
         done = run(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -150,6 +151,16 @@ def test_an_empty_scope_does_not_clear_everything(shell: Shell) -> None:
         shell.run("clear", option, "", "--yes", status=1)
     assert shell.run("clear", "--salt", "", "--tier", "disk", "--yes").startswith("dropped")
     assert shell.ask("tiers")["tiers"][0]["entries"] == 3
+
+
+def test_a_salt_from_standard_input(served: Served, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    salted = prompt(CHUNK_SIZE, 1, SPACE, salt="of acme")
+    store(served.client, salted)
+    served.client.stats()
+    for expected in (1, 0):
+        monkeypatch.setattr("sys.stdin", io.StringIO("of acme\n"))
+        assert shell.ask("clear", "--salt", "-", "--tier", "l1", "--yes")["result"] == {"l1": expected}
+    assert shell.ask("tiers")["tiers"][0]["entries"] == 3  # those without a salt
 
 
 def test_clear_asks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

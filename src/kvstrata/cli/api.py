@@ -44,7 +44,21 @@ TierNames = Annotated[
 ]
 Prefix = Annotated[str | None, typer.Option("--prefix", help="Entries whose key begins so.")]
 Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Entries of this model.")]
-SaltOption = Annotated[str | None, typer.Option("--salt", help="Entries of this cache_salt.")]
+
+
+def _salt(given: str | None) -> str | None:
+    return sys.stdin.read().rstrip("\r\n") if given == "-" else given
+
+
+SaltOption = Annotated[
+    str | None,
+    typer.Option(
+        "--salt",
+        metavar="SALT|-",
+        callback=_salt,
+        help="Entries of this cache_salt; '-' is standard input, which no list of processes shows.",
+    ),
+]
 
 
 class ApiError(KVStrataError):

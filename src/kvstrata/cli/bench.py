@@ -75,7 +75,9 @@ def lookup(
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
-    """Time look-ups through the socket, and weigh the index, against the index's size.
+    """Time look-ups through the socket, and weigh the index.
+
+    At several sizes of the index.
 
     Starts a server of its own, whose pool takes 4 KiB of memory per chunk.
     """
@@ -89,7 +91,10 @@ def lookup(
 
 @app.command("copy", epilog="Example: kvstrata bench copy --runs 30 --json -")
 def copy(runs: Runs = None, as_json: Json = None, strict: Strict = False) -> int:
-    """Time copies between pages and slots against one memcpy of the same bytes. Needs torch."""
+    """Time copies between pages and slots against a memcpy.
+
+    Needs torch.
+    """
     from kvstrata.bench.copy import CopyConfig, run  # noqa: PLC0415
 
     config = _config(CopyConfig, runs=runs)
@@ -106,7 +111,9 @@ def codec(
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
-    """Weigh and time codecs on the KV of a real model, and say up to which link speed each pays.
+    """Weigh and time codecs on the KV of a real model.
+
+    Says up to which speed of a link each pays.
 
     Needs torch and the demo extra: the small model makes the KV.
     """
@@ -138,7 +145,7 @@ def quality(
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
-    """Measure what codecs do to a real model's predictions, against the KV as it was.
+    """Measure what codecs do to a real model's predictions.
 
     Needs torch and the demo extra. Each passage takes seconds, and again some for each codec.
     """
@@ -168,7 +175,9 @@ def tier(
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
-    """Time a tier's read, write and contains against a raw loop of the same transport.
+    """Time a tier's operations against a raw loop.
+
+    Read, write and contains; the raw loop is of the same transport.
 
     Writes some entries there and deletes them again.
     """
@@ -187,7 +196,7 @@ def faults(
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
-    """Time look-ups with an L2 that is far away, and with one that does not answer.
+    """Time look-ups with an L2 that is far away, or silent.
 
     Starts a Redis or Valkey of its own, behind a proxy.
     """
@@ -224,7 +233,9 @@ def ttft(
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
-    """Time a real vLLM's first token: cold, and warm from L1, Redis and disk, against vLLM without us.
+    """Time a real vLLM's first token, cold and warm.
+
+    Warm from L1, Redis and disk; against vLLM without us.
 
     Starts two vLLMs on the CPU, one without connector. With --url, measures what the given servers allow.
     """
@@ -263,7 +274,9 @@ def gate(
     as_json: Json = None,
     strict: Strict = False,
 ) -> int:
-    """Time a real vLLM's first token with each mode of the gate, and Redis behind links of several speeds.
+    """Time a real vLLM's first token with each mode of the gate.
+
+    With Redis behind links of several speeds.
 
     Starts a vLLM on the CPU and a Redis of its own, behind a proxy.
     """
@@ -294,7 +307,9 @@ def link(
     ] = None,
     as_json: Json = None,
 ) -> int:
-    """Time a real vLLM's first token with each codec, and Redis behind links of several speeds.
+    """Time a real vLLM's first token with each codec.
+
+    With Redis behind links of several speeds.
 
     Starts a vLLM on the CPU and a Redis of its own, behind a proxy. Needs the demo extra.
     """

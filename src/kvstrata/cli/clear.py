@@ -38,7 +38,10 @@ def clear(
     no_wait: NoWait = False,
     as_json: AsJson = False,
 ) -> int:
-    """Drop everything, or what is of a prefix, a model or a salt, from all tiers or from some, after asking."""
+    """Drop everything, or a part, from all tiers or some.
+
+    A part is what is of a prefix, a model or a salt. Asks before it does.
+    """
     given = {"prefix": prefix, "model_name": model, "salt": salt}
     # An option with an empty value, as of an unset variable, does not mean everything.
     scope = {name: value for name, value in given.items() if value is not None}

@@ -53,7 +53,9 @@ def check(
     ],
     as_json: AsJson = False,
 ) -> int:
-    """Check a configuration file; the exit status is 0 when it is right, 2 when not.
+    """Check a configuration file.
+
+    The exit status is 0 when it is right, 2 when not.
 
     A note says what a server would lack that has this file alone; variables may add it.
 

@@ -28,7 +28,9 @@ def doctor(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Check this machine, the configuration and what it points to; say for each finding what to do.
+    """Check this machine, the configuration and its tiers.
+
+    Says for each finding what to do.
 
     Looks only, writes nothing. Exit status 1 when there is an error.
     """

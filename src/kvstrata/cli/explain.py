@@ -23,7 +23,10 @@ def explain(
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say of a recent request, token range by token range, where it was held or why it was missing."""
+    """Say where a recent request was held, or why it was missing.
+
+    Token range by token range.
+    """
     api = connect(url, token_file)
     if request_id is None:
         recent = api.ask("GET", "/requests")

@@ -48,7 +48,10 @@ def list_keys(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the keys that are held, one a line: the tier's name, then the key."""
+    """Print the keys that are held.
+
+    One a line: the tier's name, then the key.
+    """
     listed: dict[str, list[str]] = {}
     for config in _selected(tier, config_file):
         with opened_tier(config) as opened:

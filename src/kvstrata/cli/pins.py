@@ -35,7 +35,9 @@ def pin(
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> int:
-    """Keep what L1 holds of keys, a token list, a prefix, a model or a salt from being evicted.
+    """Keep entries of L1 from being evicted.
+
+    What L1 holds of keys, a token list, a prefix, a model or a salt.
 
     Exit status 1 when a part of it is not in L1; 'kvstrata warm' brings it there.
     """

@@ -12,7 +12,7 @@ from kvstrata.cli.status import size
 from kvstrata.config import GIB
 
 app = typer.Typer(
-    help="See and set what each cache_salt may hold of l1 and of disk tiers.",
+    help="See and set what each cache_salt may hold of l1 and of disks.",
     epilog="Example: kvstrata quota set acme --salt-file acme.salt --reserved-gb 4 --limit-gb 8",
     no_args_is_help=True,
 )

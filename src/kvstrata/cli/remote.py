@@ -63,7 +63,7 @@ def remote(
     log_level: LogLevel = None,
     as_json: AsJson = False,
 ) -> int:
-    """Run a remote store for lm:// until it is told to end (SIGTERM, SIGINT).
+    """Run a remote store for lm:// until SIGTERM or SIGINT.
 
     kvstrata and LMCache use it with remote_url lm://HOST:PORT. It keeps entries in memory within a budget, and on
     disk if that is asked for. When it ends, what is in flight is completed first.

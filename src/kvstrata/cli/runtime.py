@@ -45,7 +45,10 @@ def runtime(
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change what can be changed while the server runs; without options, print it. A restart undoes it."""
+    """Change what can be changed while the server runs.
+
+    Without options, print it. A restart undoes it.
+    """
     body: dict[str, Any] = {
         "l1_budget_bytes": None if l1_budget_gb is None else int(l1_budget_gb * GIB),
         "log_level": None if log_level is None else log_level.upper(),

@@ -50,7 +50,7 @@ def size(
     ] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Print what the KV of a model takes per token, chunk and prompt, and what fits into each tier.
+    """Print what the KV of a model takes, and what fits into each tier.
 
     Reads config.json only: no weights, no torch, no network.
     """

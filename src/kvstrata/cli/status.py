@@ -27,7 +27,7 @@ def status(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print what a server holds, how much of the prompts it had, and what goes on.
+    """Print what a server holds, what it found, and what goes on.
 
     Exit status 1 when a tier is down.
     """
@@ -63,7 +63,10 @@ def _watch(api: ApiClient, seconds: float, *, as_json: bool) -> None:
 
 
 def tiers(url: Url = None, token_file: TokenFile = None, as_json: AsJson = False) -> int:
-    """Print every tier: what it holds, how fast it answers, what failed. Exit status 1 when one is down."""
+    """Print of every tier what it holds, its speed, and its faults.
+
+    Exit status 1 when one is down.
+    """
     api = connect(url, token_file)
     found = api.ask("GET", "/tiers")
     if as_json:

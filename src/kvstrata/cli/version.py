@@ -12,7 +12,7 @@ EXAMPLE = "Example: kvstrata version --json"
 
 
 def version(as_json: AsJson = False) -> None:
-    """Print the version, and which tiers, codecs and policies are installed."""
+    """Print the version and the tiers, codecs and policies there are."""
     groups: tuple[plugins.Group, ...] = ("tiers", "codecs", "policies")
     found = {group: plugins.names(group) for group in groups}
     if as_json:

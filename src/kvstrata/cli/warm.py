@@ -37,7 +37,7 @@ def warm(
     no_wait: NoWait = False,
     as_json: AsJson = False,
 ) -> int:
-    """Bring keys, or a token list, from the lower tiers to L1 ahead of requests.
+    """Bring keys or a token list to L1 ahead of requests.
 
     Exit status 1 when a part of it could not be brought.
     """
