@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -45,6 +46,25 @@ while True:
     tier.write([rng.choice(keys)], [memoryview(hashlib.sha256(body).digest() + body)])
 """
 )
+
+READ_ONLY = """
+import subprocess, sys
+from kvstrata.errors import TierUnavailable
+from kvstrata.testing.tier import make_frame, make_keys, read_frames
+from kvstrata.tiers.disk import DiskOptions, DiskTier, index
+keys, options = make_keys(2), DiskOptions(path=sys.argv[1], max_bytes=1 << 30)
+index.TOUCH_SECONDS = 0.0
+tier = DiskTier(options)
+tier.write(keys, [make_frame(1000, at) for at in range(2)])
+# The system itself does it whoever has files open; others may not, but may put a read-only mount in its place.
+for how in (["--bind", sys.argv[1]], ["-o", "remount,bind,ro"]):
+    subprocess.run(["mount", *how, sys.argv[1]], check=True)
+assert read_frames(tier, keys) == [bytes(make_frame(1000, at)) for at in range(2)]
+try:
+    tier.write(keys[:1], [make_frame(10)])
+except TierUnavailable:
+    print("cannot write")
+"""
 
 FILL = """
 import os, sys
@@ -371,21 +391,46 @@ def test_kill_9_while_writing_leaves_whole_frames_only(tmp_path: Path, rounds: i
     assert seen
 
 
-def test_a_full_device_evicts_then_refuses_then_goes_on(tmp_path: Path) -> None:
-    mount = ["-Urm", "sh", "-c", 'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$@"', str(tmp_path)]
+def run_on_small_device(program: str, path: Path) -> str:
+    """What a program prints that has a device of 8 MiB of its own at ``path``, which it is given."""
+    mount = ["-Urm", "sh", "-c", 'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$@"', str(path)]
     unshare = shutil.which("unshare")
     if not unshare or subprocess.run([unshare, *mount, "true"], check=False, capture_output=True).returncode:
         pytest.skip("system: needs unshare (util-linux) and user namespaces to mount a small tmpfs")
     done = subprocess.run(
-        [unshare, *mount, sys.executable, "-c", END_WITH_PARENT + FILL, str(tmp_path)],
+        [unshare, *mount, sys.executable, "-c", END_WITH_PARENT + program, str(path)],
         check=False,
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert "full:" in done.stdout
-    assert "passed" in done.stdout
+    return done.stdout
+
+
+def test_a_full_device_evicts_then_refuses_then_goes_on(tmp_path: Path) -> None:
+    printed = run_on_small_device(FILL, tmp_path)
+    assert "full:" in printed
+    assert "passed" in printed
+
+
+def test_a_device_that_becomes_read_only_is_read(tmp_path: Path) -> None:
+    """As file systems do after an error. A use that cannot be noted in the file's times does not matter."""
+    assert "cannot write" in run_on_small_device(READ_ONLY, tmp_path)
+
+
+def test_a_file_that_the_device_cannot_read_is_dropped(tmp_path: Path, keys: list[str]) -> None:
+    """Or each look-up would promise it, and each read of it be a fault of the whole tier."""
+    with contextlib.closing(open_tier(tmp_path)) as tier:
+        tier.write(keys[:2], [make_frame(1000, at) for at in range(2)])
+        path = tmp_path / key_path(keys[0])
+        path.unlink()
+        path.symlink_to("/proc/self/mem")  # whose first bytes are a read error (EIO)
+        with pytest.raises(TierUnavailable, match=os.strerror(errno.EIO)):
+            read_frames(tier, keys[:1])
+        assert tier.contains(keys[:2]) == [False, True]
+        tier.write(keys[:1], [make_frame(1000, 7)])
+        assert read_frames(tier, keys[:2]) == [bytes(make_frame(1000, 7)), bytes(make_frame(1000, 1))]
 
 
 def test_a_file_size_limit_is_a_full_tier(tmp_path: Path, keys: list[str]) -> None:

@@ -10,6 +10,8 @@ sets it right, so that what a look-up promised is a miss then. Checksums are ver
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import time
@@ -121,6 +123,13 @@ class DiskTier(QuotaTier):
                 return Miss(MissReason.CORRUPT, f"file larger than {len(buffer)} bytes")
             if self._index.used(key, count, time.monotonic(), salt_id_in(buffer[:count])):
                 _touch(fd)
+        except OSError as error:
+            if (
+                error.errno == errno.EIO
+            ):  # a bad sector: the device would fail with it each time it is asked for
+                with contextlib.suppress(OSError):
+                    self._unlink([key])
+            raise
         finally:
             os.close(fd)
         return count
@@ -261,11 +270,10 @@ class DiskTier(QuotaTier):
 
 
 def _touch(fd: int) -> None:
-    """Note a use in the file's times; on a file of another owner that is not allowed, and not needed."""
-    try:
+    """Note a use in the file's times. Not on a file of another owner, or a device that has become read-only: there
+    it goes a little earlier."""
+    with contextlib.suppress(OSError):
         os.utime(fd)
-    except PermissionError:
-        return
 
 
 def _sync_directory(path: str) -> None:
