@@ -67,7 +67,7 @@ class TierPartlyUnavailable(TierUnavailable):
 
 
 class TierFull(TierError):
-    """A backend refused a write for want of room."""
+    """A backend refused a write for want of room, or takes none. It may be read none the less."""
 
 
 class ProtocolError(KVStrataError):

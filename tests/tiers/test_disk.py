@@ -49,21 +49,29 @@ while True:
 
 READ_ONLY = """
 import subprocess, sys
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import TierFull
 from kvstrata.testing.tier import make_frame, make_keys, read_frames
 from kvstrata.tiers.disk import DiskOptions, DiskTier, index
-keys, options = make_keys(2), DiskOptions(path=sys.argv[1], max_bytes=1 << 30)
+keys, frames = make_keys(10), [make_frame(1000, at) for at in range(10)]
 index.TOUCH_SECONDS = 0.0
-tier = DiskTier(options)
-tier.write(keys, [make_frame(1000, at) for at in range(2)])
+tier = DiskTier(DiskOptions(path=sys.argv[1], max_bytes=4000))
+tier.write(keys[:4], frames[:4])
 # The system itself does it whoever has files open; others may not, but may put a read-only mount in its place.
 for how in (["--bind", sys.argv[1]], ["-o", "remount,bind,ro"]):
     subprocess.run(["mount", *how, sys.argv[1]], check=True)
-assert read_frames(tier, keys) == [bytes(make_frame(1000, at)) for at in range(2)]
-try:
-    tier.write(keys[:1], [make_frame(10)])
-except TierUnavailable:
-    print("cannot write")
+for at in range(4, 9):
+    assert read_frames(tier, keys[:4]) == [bytes(frame) for frame in frames[:4]]
+    try:
+        tier.write([keys[at]], [frames[at]])
+    except TierFull:  # it may still be read
+        print("cannot write")
+    assert tier.contains(keys) == [True] * 4 + [False] * 6
+    assert tier.stats().used_bytes == 4000
+subprocess.run(["umount", sys.argv[1]], check=True)
+tier.write(keys[9:], frames[9:])
+assert sum(tier.contains(keys)) == 4, "nothing was set aside for what was not written"
+assert read_frames(tier, keys[9:]) == [bytes(frames[9])]
+tier.close()
 """
 
 FILL = """
@@ -416,7 +424,7 @@ def test_a_full_device_evicts_then_refuses_then_goes_on(tmp_path: Path) -> None:
 
 def test_a_device_that_becomes_read_only_is_read(tmp_path: Path) -> None:
     """As file systems do after an error. A use that cannot be noted in the file's times does not matter."""
-    assert "cannot write" in run_on_small_device(READ_ONLY, tmp_path)
+    assert run_on_small_device(READ_ONLY, tmp_path).count("cannot write") == 5
 
 
 def test_a_file_that_the_device_cannot_read_is_dropped(tmp_path: Path, keys: list[str]) -> None:

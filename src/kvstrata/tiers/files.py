@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,17 +15,19 @@ from kvstrata.tiers.paths import SUFFIX, may_hold, path_key
 _libc = ctypes.CDLL(None, use_errno=True)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a full device or quota says."""
+_NO_ROOM = (*FULL, errno.EFBIG)
+NO_WRITES = (*_NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What is said to a write where there is no room, or nothing may be written: that is no reason to stop reading."""
 
 
 @contextmanager
-def translated(action: str, root: str) -> Iterator[None]:
-    """Turn what the operating system raises into the errors of the tier contract."""
+def translated(action: str, root: str, full: Collection[int] = _NO_ROOM) -> Iterator[None]:
+    """Turn what the operating system raises into the errors of the tier contract: ``full`` into TierFull."""
     try:
         yield
     except OSError as error:
         text = f"{action} in {root} failed: {error.strerror or error}"
-        full = error.errno in (*FULL, errno.EFBIG)
-        raise (TierFull(text) if full else TierUnavailable(text)) from error
+        raise (TierFull(text) if error.errno in full else TierUnavailable(text)) from error
 
 
 def entries_of(path: str) -> Iterator[os.DirEntry[str]]:

@@ -95,9 +95,9 @@ def _removed_if_orphaned(entry: os.DirEntry[str]) -> bool:
 
 def _remove_directory(path: str) -> None:
     """Delete a staging directory and its files; others may do so at the same time."""
-    for entry in entries_of(path):
-        Path(entry.path).unlink(missing_ok=True)
     try:
+        for entry in entries_of(path):
+            Path(entry.path).unlink(missing_ok=True)
         Path(path).rmdir()
     except OSError as error:
         log.debug("staging directory %s stays: %s", path, error)

@@ -26,7 +26,16 @@ from kvstrata.quotas import Quota, Usage
 from kvstrata.tiers.base import QuotaTier, TierOptions
 from kvstrata.tiers.disk.index import FILES_AT_ONCE, Index
 from kvstrata.tiers.disk.staging import STAGING, Staging
-from kvstrata.tiers.files import FULL, allocate, key_files, read_into, rename_into, translated, write_all
+from kvstrata.tiers.files import (
+    FULL,
+    NO_WRITES,
+    allocate,
+    key_files,
+    read_into,
+    rename_into,
+    translated,
+    write_all,
+)
 from kvstrata.tiers.paths import key_path, path_to_write
 from kvstrata.types import Miss, MissReason, TierStats
 
@@ -138,11 +147,11 @@ class DiskTier(QuotaTier):
         """See :class:`Tier`.
 
         Raises:
-            TierFull: the device or a quota is full and evicting did not help, a frame exceeds the budget, or a key
-                is too long for a path.
+            TierFull: the device or a quota is full and evicting did not help, nothing may be written, a frame
+                exceeds the budget, or a key is too long for a path.
             ValueError: not a key.
         """
-        with translated("write", self._root):
+        with translated("write", self._root, NO_WRITES):
             for key, frame in zip(keys, frames, strict=True):
                 self._write(key, frame)
 
@@ -153,16 +162,17 @@ class DiskTier(QuotaTier):
             raise TierFull(f"frame of {size} bytes, disk budget of {self.options.max_bytes} bytes")
         salt_id = salt_id_in(frame)
         victims, fits = self._index.reserve(size, salt_id)
-        self._unlink(victims)
         if not fits:
+            self._evict(victims)
             return  # as if it had been evicted at once: that is what its quota, or those of others, ask for
         try:
+            self._evict(victims)
             self._with_room(size, salt_id, lambda: self._write_file(f"{self._root}/{path}", frame))
         except BaseException:
             self._index.unreserve(size, salt_id)
             raise
         self._index.written(key, size, salt_id, time.monotonic())
-        self._unlink(self._index.trim())
+        self._evict(self._index.trim())
 
     def _with_room(self, size: int, salt_id: bytes, write: Callable[[], None]) -> None:
         """Call ``write``; while the device is full, evict and try again."""
@@ -175,7 +185,7 @@ class DiskTier(QuotaTier):
                 victims = self._index.evict(size, salt_id)
                 if not victims:
                     raise TierFull(f"no room on the device of {self._root}: {error.strerror}") from error
-                self._unlink(victims)
+                self._evict(victims)
 
     def _write_file(self, target: str, frame: memoryview) -> None:
         fd, path = self._staging.create()
@@ -206,6 +216,17 @@ class DiskTier(QuotaTier):
         """See :class:`Tier`."""
         with translated("delete", self._root):
             return self._unlink(keys)
+
+    def _evict(self, victims: Sequence[str]) -> None:
+        """Delete what the index has given up. What the device does not let go is held and counted as before."""
+        try:
+            self._unlink(victims)
+        except OSError:
+            for key in victims:
+                with contextlib.suppress(OSError):  # this one is gone
+                    size = Path(f"{self._root}/{key_path(key)}").stat().st_size
+                    self._index.used(key, size, 0.0, self._owner(key))
+            raise
 
     def _unlink(self, keys: Sequence[str]) -> int:
         count = 0
@@ -248,7 +269,7 @@ class DiskTier(QuotaTier):
                 self._index.own({key: self._owner(key) for key in keys[at : at + FILES_AT_ONCE]})
         with translated("delete", self._root):
             for victims in self._index.change_quotas(quotas, default):
-                self._unlink(victims)
+                self._evict(victims)
 
     def _owner(self, key: str) -> bytes:
         """The id of the salt in a file's header; none when it cannot be read."""

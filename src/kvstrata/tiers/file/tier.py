@@ -25,7 +25,7 @@ from kvstrata.tiers.base import Tier, TierOptions
 from kvstrata.tiers.file.cleaner import Cleaner
 from kvstrata.tiers.file.clock import ServerClock
 from kvstrata.tiers.file.state import STATE
-from kvstrata.tiers.files import allocate, key_files, read_into, translated, write_all
+from kvstrata.tiers.files import NO_WRITES, allocate, key_files, read_into, translated, write_all
 from kvstrata.tiers.paths import key_path, path_to_write
 from kvstrata.types import Miss, MissReason, TierStats
 
@@ -165,11 +165,11 @@ class FileTier(Tier):
         """See :class:`Tier`. Takes part in cleaning while it is due.
 
         Raises:
-            TierFull: the device or a quota is full, cleaning has not kept up, a frame exceeds the budget, or a key
-                is too long for a path.
+            TierFull: the device or a quota is full, nothing may be written, cleaning has not kept up, a frame
+                exceeds the budget, or a key is too long for a path.
             ValueError: not a key.
         """
-        with translated("write", self._root):
+        with translated("write", self._root, NO_WRITES):
             for key, frame in zip(keys, frames, strict=True):
                 path = path_to_write(key)
                 self._check_presence()
