@@ -26,6 +26,7 @@ from kvstrata.testing.client import (
     store,
 )
 from kvstrata.testing.forked import wait_for_end
+from kvstrata.testing.process import free_port
 from kvstrata.testing.waiting import wait_until
 
 
@@ -150,6 +151,12 @@ class TestEmbedded:
         settings = Settings(runtime_dir=str(runtime_dir), max_local_cpu_size=0.01)
         with connect(settings, engine_id="e") as client:
             assert not client.connected
+
+    def test_two_engines_with_one_environment_both_have_a_cache(self, start: Start) -> None:
+        settings = small_settings(http_port=free_port())
+        first, second = start(settings), start(settings)
+        assert first.connected
+        assert second.connected
 
     def test_two_engines_have_servers_of_their_own(self, start: Start) -> None:
         first, second = start(small_settings()), start(small_settings())

@@ -132,6 +132,18 @@ def test_a_port_in_use_is_one_clear_line():
         assert get(first, "/version")[0] == 200
 
 
+def test_a_free_port_does_where_that_is_said(caplog):
+    with serving(Source()) as first:
+        second = HttpServer(Source(), port=first.port, or_free_port=True)
+        second.start()
+        try:
+            assert second.port not in (0, first.port)
+            assert get(second, "/version")[0] == 200
+        finally:
+            second.stop()
+    assert any(f"http_port {first.port} is in use" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("host", ["no such host", "192.0.2.1"])
 def test_an_address_that_is_not_ours_is_a_clear_error(host):
     with pytest.raises(ConfigError, match=host):

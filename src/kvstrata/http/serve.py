@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import threading
@@ -37,9 +38,14 @@ class HttpServer:
         access: Access | None = None,
         *,
         with_page: bool = False,
+        or_free_port: bool = False,
     ) -> None:
-        """Nothing is opened yet. Port 0 takes a free one; for the rest see ``create_app``."""
+        """Nothing is opened yet. Port 0 takes a free one; for the rest see ``create_app``.
+
+        ``or_free_port``: take a free port, too, where that one is in use.
+        """
         self.host = host
+        self._or_free_port = or_free_port
         self.port = port
         """The port that is listened on, once started."""
         config = uvicorn.Config(
@@ -95,8 +101,23 @@ class HttpServer:
 
     def _listen(self) -> socket.socket:
         try:
+            return self._listen_at(self.port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not self._or_free_port:
+                raise ConfigError(
+                    f"cannot serve HTTP on {self.host}:{self.port}: {error.strerror}; "
+                    "choose another http_port (--http-port)"
+                ) from error
+        _log.warning(
+            "http_port %d is in use, perhaps by the server of another engine; the HTTP API takes a free one",
+            self.port,
+        )
+        return self._listen_at(0)
+
+    def _listen_at(self, port: int) -> socket.socket:
+        try:
             family, kind, protocol, _, address = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                self.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
         except (OSError, OverflowError) as error:
             raise ConfigError(f"http_host {self.host!r}: {error}") from error
@@ -105,10 +126,8 @@ class HttpServer:
             # A restart must not wait for the connections of the one before.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except OSError as error:
+            listener.listen()  # until then another process can be bound to the same port
+        except OSError:
             listener.close()
-            raise ConfigError(
-                f"cannot serve HTTP on {self.host}:{self.port}: {error.strerror}; "
-                "choose another http_port (--http-port)"
-            ) from error
+            raise
         return listener

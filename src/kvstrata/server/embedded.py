@@ -57,7 +57,8 @@ def _serve(settings: Settings, directory: Path, parent_pid: int) -> None:
         # Ctrl-C reaches the whole process group; the engine decides when this server ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if settings.http_port is not None:
-            stack.enter_context(http_api(server, settings, settings.http_port))
+            # Engines of one host often have one environment: who comes second is not to lack a cache for that.
+            stack.enter_context(http_api(server, settings, settings.http_port, or_free_port=True))
         server.serve()
 
 

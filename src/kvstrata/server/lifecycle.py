@@ -59,8 +59,10 @@ def run(settings: Settings, on_ready: Callable[[str, str | None], None] | None =
 
 
 @contextlib.contextmanager
-def http_api(server: Server, settings: Settings, port: int) -> Iterator[str | None]:
-    """The HTTP API next to the server, unless its extra is not installed.
+def http_api(
+    server: Server, settings: Settings, port: int, *, or_free_port: bool = False
+) -> Iterator[str | None]:
+    """The HTTP API next to the server, unless its extra is not installed. ``or_free_port``: as of ``HttpServer``.
 
     Raises:
         ConfigError: its address or token cannot be used.
@@ -73,8 +75,15 @@ def http_api(server: Server, settings: Settings, port: int) -> Iterator[str | No
         yield None
         return
     access = make_access(settings.http_host, settings.http_token_file, open_reads=settings.http_open_reads)
-    with_page = settings.http_dashboard
-    http = HttpServer(server, settings.http_host, port, server.operations, access, with_page=with_page)
+    http = HttpServer(
+        server,
+        settings.http_host,
+        port,
+        server.operations,
+        access,
+        with_page=settings.http_dashboard,
+        or_free_port=or_free_port,
+    )
     http.start()
     try:
         yield http.url
