@@ -85,7 +85,7 @@ def test_each_backend_is_taken_away(model: Path, corpus: list[int], tmp_path: Pa
                 "all is written",
                 60,
             )
-            assert requests.come_from("sentinel")
+            wait_until(lambda: requests.come_from("sentinel"), "Sentinel serves", 60)
 
             with requests.in_flight():
                 old = sentinel.master
