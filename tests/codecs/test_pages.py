@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvstrata.codecs.pages import (
     ELEMENTS,
     MAX_NUMBER,
+    copy_elements,
     from_float32,
     kv_shape,
     pack,
@@ -87,6 +88,24 @@ def test_bits_survive_at_odd_addresses(order: str) -> None:
     into = memoryview(bytearray(what.payload_bytes + 3))
     pack(unpack(source, what), what, into[3:])
     assert into[3:] == source
+
+
+@given(
+    sizes=st.lists(st.integers(0, 5), max_size=4).flatmap(
+        lambda sizes: st.tuples(st.just(sizes), st.permutations(range(len(sizes))))
+    ),
+    casts=st.booleans(),
+)
+def test_elements_are_copied_in_any_order(sizes: tuple[list[int], list[int]], casts: bool) -> None:
+    shape, order = sizes
+    source = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    into = np.zeros([shape[dim] for dim in order], np.float16 if casts else np.float32)
+    view = into.transpose(np.argsort(order))
+    copy_elements(source, view)
+    assert np.array_equal(view, source.astype(into.dtype))
+    back = np.zeros_like(source)
+    copy_elements(view, back)
+    assert np.array_equal(back, view)
 
 
 def change(**changes: Any) -> Any:

@@ -33,6 +33,7 @@ from kvstrata.codecs.pages import (
     ELEMENTS,
     MAX_NUMBER,
     Array,
+    copy_elements,
     keys_and_values,
     kv_shape,
     layers_at_once,
@@ -238,7 +239,7 @@ def _fill(into: memoryview, what: PayloadDescription, exact: Array, restorer: Re
         store_float32(by_row, what.dtype, found[:, :, num_exact:tokens].transpose(0, 1, 3, 2))
         found[:, :, :num_exact] = exact[these].reshape(len(found), 2, num_exact, rows)
         for kind, target in enumerate(targets):
-            target[these] = found[:, kind].reshape(target[these].shape)
+            copy_elements(found[:, kind].reshape(target[these].shape), target[these])
 
 
 def _steps(numbers: Numbers, share: float) -> Numbers:

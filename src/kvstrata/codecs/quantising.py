@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kvstrata.codecs.base import Codec, PayloadDescription, Stage, corrupt
 from kvstrata.codecs.pages import (
     Array,
+    copy_elements,
     keys_and_values,
     kv_shape,
     layers_at_once,
@@ -147,7 +148,7 @@ class QuantisingCodec(Codec):
             else:
                 blocks = np.zeros((len(view), room, shape.heads, shape.dims), view.dtype)
                 restore(part, blocks[:, : shape.tokens])
-                view[...] = blocks.reshape(view.shape)
+                copy_elements(blocks.reshape(view.shape), view)
 
 
 def _shape(what: PayloadDescription) -> Shape:
@@ -163,7 +164,9 @@ def _quantise(
     both = keys_and_values(payload, what)
     for part in shape.parts():
         view = both[part.kind][part.layers]
-        room = to_float32(np.ascontiguousarray(view), what.dtype)
+        elements = np.empty(view.shape, view.dtype)
+        copy_elements(view, elements)
+        room = to_float32(elements, what.dtype)
         numbers = room.reshape(len(view), -1, shape.heads, shape.dims)[:, : shape.tokens]
         if not (numbers.max() <= _LARGEST and numbers.min() >= -_LARGEST):  # nor is NaN
             return False
