@@ -492,3 +492,11 @@ def test_the_configuration_is_shown_without_secrets(tmp_path: Path) -> None:
             assert answer.status == 200
             assert b"geheim" not in answer.body
             assert b"a-token-of-some" not in answer.body
+
+
+def test_the_log_says_what_an_operator_changed(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="kvstrata"):
+        api.ask("PATCH", "/runtime", {})
+        api.ask("PATCH", "/runtime", {"gate": "never", "bypass": {"disk": True}})
+    said = [message for message in caplog.messages if "by an operator" in message]
+    assert said == ["changed by an operator: gate=never, bypass={'disk': True}"]

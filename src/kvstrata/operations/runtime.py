@@ -103,9 +103,18 @@ class Runtime:
                 self._entries.tier(name).breaker.bypassed = wanted
             if l1_budget_bytes is not None:
                 self._resize(l1_budget_bytes)
-        report = self.report()
-        logger.info("changed by an operator: %s", report)
-        return report
+        asked = {
+            "l1_budget_bytes": l1_budget_bytes,
+            "log_level": log_level,
+            "gate": gate,
+            "stores_frozen": stores_frozen,
+            "bypass": bypass or None,
+            "ttl_seconds": ttl_seconds or None,
+        }
+        changes = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+        if changes:
+            logger.info("changed by an operator: %s", changes)
+        return self.report()
 
     def _check(
         self, l1_budget_bytes: int | None, log_level: str | None, gate: str | None, bypass: Mapping[str, bool]
