@@ -87,6 +87,34 @@ class TestInline(RemoteContract):
         return client
 
 
+def test_a_server_that_hangs_again_is_left_alone(
+    server_host: ServerHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, settings = prompt(200, seed=1), small_settings()
+    endpoint = f"ipc://{server_host.directory}/hanging"
+    monkeypatch.setattr("kvstrata.client.remote._AWAY_TIMEOUTS", 10_000)
+    with (
+        RemoteClient(endpoint, "test", timeout_seconds=10) as client,
+        server_host.start(settings, endpoint=endpoint) as server,
+    ):
+
+        def hang() -> None:
+            assert client.wait_connected(10)
+            server.send(signal.SIGSTOP)
+            with monkeypatch.context() as patch:
+                patch.setattr(client, "_timeout_seconds", 0.1)
+                assert not client.lookup("r", asked.namespace, asked.prefix).num_tokens
+            server.send(signal.SIGCONT)
+
+        hang()
+        hang()
+        assert not client.wait_connected(0.5)
+        server.end()
+        with server_host.start(settings, endpoint=endpoint):
+            assert client.wait_connected(10), "another one is not made to wait"
+            assert look(client, "again", asked) == 0
+
+
 class TestFromAnotherHost(RemoteContract):
     """The pool cannot be reached: data through the socket, and nothing else shows that the client lives."""
 

@@ -23,6 +23,10 @@ _PART_BYTES = 64 << 20
 """Of one fetch, about: each has the time of a request, and meanwhile the server answers nobody else."""
 _RETRY_SECONDS = 1.0
 """Pause between attempts to greet a server, or to have it restarted, on one connection."""
+_OFTEN_SECONDS = 60.0
+_AWAY_TIMEOUTS = 10.0
+"""A server that lets a request wait for its deadline twice within so long is left alone for so many deadlines: one
+that was slow again and again held up all requests of an engine for 60 % of the time."""
 _WAIT_PAUSE_SECONDS = 10.0
 """After a load waited for the server in vain, others do not wait: those of one step would add their waits up."""
 
@@ -68,6 +72,8 @@ class RemoteClient(Client):
         self._next_attempt_at = 0.0
         self._welcome_by = 0.0
         """Until when a server that has just come (back) is expected to let us in: a look-up may wait for that."""
+        self._timed_out_at = -_OFTEN_SECONDS
+        """When a request has last waited in vain for all of its time."""
         self._no_waits_before = 0.0
         """While it is away: from when on a load may wait for it (again)."""
         self._registered: set[bytes] = set()
@@ -163,11 +169,14 @@ class RemoteClient(Client):
         """One request; None when it got no answer, after which the client is not connected."""
         if not self.connected:
             return None
+        began_at = time.monotonic()
         answer = self._channel.ask(message, self._timeout_seconds)
         self._has_told = False
         if answer is None:
             self.num_failures += 1
             self._lost(f"no answer to {type(message).__name__} within {self._timeout_seconds:g} s")
+            if time.monotonic() - began_at >= self._timeout_seconds:
+                self._timed_out()
         elif isinstance(answer[0], m.UnknownSession):
             # It restarted, or forgot us. The next call says hello.
             self._welcome = None
@@ -180,6 +189,13 @@ class RemoteClient(Client):
             )
             return None
         return answer
+
+    def _timed_out(self) -> None:
+        """A request has waited for all of its time. If that happens often, leave the server alone for a while."""
+        now = time.monotonic()
+        if now - self._timed_out_at < _OFTEN_SECONDS:
+            self._next_attempt_at = now + _AWAY_TIMEOUTS * self._timeout_seconds
+        self._timed_out_at = now
 
     def _register(self, namespace: Namespace) -> bytes | None:
         """The fingerprint of a namespace that the server knows; None while there is no server."""
