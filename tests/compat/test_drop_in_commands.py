@@ -249,6 +249,18 @@ def test_what_cannot_be_done_ends_in_one_line(drop_in: DropIn) -> None:
         assert len(err.splitlines()) == 1, err
 
 
+def test_a_file_that_cannot_be_written_ends_in_one_line(drop_in: DropIn) -> None:
+    done = drop_in.run("lmcache", "quota", "list", "--output", "/no/such/file")
+    assert (done.returncode, done.stderr) == (1, "lmcache: /no/such/file: No such file or directory\n")
+
+
+def test_a_reader_that_goes_away_is_no_traceback(drop_in: DropIn) -> None:
+    piped = f"{sys.executable} -u {drop_in.command('lmcache')} --help | head -1"
+    environment = {**os.environ, **drop_in.environment}
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("usage: lmcache COMMAND [OPTIONS]\n", "")
+
+
 def test_help_lists_what_there_is(drop_in: DropIn) -> None:
     done = drop_in.run("lmcache", "--help")
     assert done.returncode == 0

@@ -31,16 +31,17 @@ here is LMCache {LMCACHE_VERSION}. Tests run the configurations of its guides wi
 | the commands `lmcache ...`, `lmcache_server`, `lmcache_experimental_server` | and `kvstrata-lmcache` |
 | programs that import `lmcache`; `VLLM_PLUGINS` without `kvstrata` | and `kvstrata-lmcache` |
 
-`kvstrata-lmcache` lies in `compat/lmcache` of the repository. It and LMCache have the same files:
-`import lmcache`, the commands and `kvstrata doctor` say so in one line when both are installed.
+Neither is published yet: in a clone of the repository `kvstrata` is `.` and `kvstrata-lmcache` is
+`./compat/lmcache`. The latter and LMCache have the same files: `import lmcache`, the commands and
+`kvstrata doctor` say so in one line when both are installed.
 
 ## Switch
 
 1. See what becomes of the configuration: `kvstrata config check lmcache_config.yaml`, or with the variables
    set `kvstrata config show`. What has no effect is named; a value that is not possible is an error that says
    what is.
-2. In vLLM's image, instead of LMCache: `pip uninstall lmcache`, `pip install kvstrata kvstrata-lmcache`. The
-   same for the image of the server. Images built from `deploy/container` have both.
+2. In vLLM's image, instead of LMCache: `pip uninstall lmcache`, `pip install '.[http]' ./compat/lmcache`.
+   The same for the image of the server. Images built from `deploy/container` have both.
 3. Start the servers and vLLM as before. The cache is empty at first: nothing that LMCache stored is read.
 
 ## Check

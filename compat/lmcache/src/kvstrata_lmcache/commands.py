@@ -38,9 +38,16 @@ def remote(arguments: Sequence[str] | None = None) -> int:
 
 def _unless_conflict(run: Callable[[], int]) -> int:
     conflict = lmcache_conflict()
-    if conflict is None:
+    if conflict is not None:
+        print(f"lmcache: {conflict}", file=sys.stderr)
+        return FAULT
+    try:
         return run()
-    print(f"lmcache: {conflict}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a file for --output, say
+        print(f"lmcache: {error.filename}: {error.strerror}", file=sys.stderr)
     return FAULT
 
 
