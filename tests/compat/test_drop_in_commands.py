@@ -249,6 +249,12 @@ def test_what_cannot_be_done_ends_in_one_line(drop_in: DropIn) -> None:
         assert len(err.splitlines()) == 1, err
 
 
+def test_the_controller_ends_in_one_line(drop_in: DropIn) -> None:
+    done = drop_in.run("lmcache_controller", "--port", "9000")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith("lmcache_controller: not provided by kvstrata")
+
+
 def test_a_file_that_cannot_be_written_ends_in_one_line(drop_in: DropIn) -> None:
     done = drop_in.run("lmcache", "quota", "list", "--output", "/no/such/file")
     assert (done.returncode, done.stderr) == (1, "lmcache: /no/such/file: No such file or directory\n")

@@ -36,6 +36,11 @@ def remote(arguments: Sequence[str] | None = None) -> int:
     return _unless_conflict(lambda: kvstrata(["remote", *given]))
 
 
+def controller() -> int:
+    """The command ``lmcache_controller``, which there is nothing for."""
+    return _unless_conflict(lambda: _run("lmcache_controller", []))
+
+
 def _unless_conflict(run: Callable[[], int]) -> int:
     conflict = lmcache_conflict()
     if conflict is not None:
