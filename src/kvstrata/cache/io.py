@@ -1,7 +1,8 @@
 """Moves between L1 and the tiers: the only place that makes threads, and the only one where faults of backends
 become misses.
 
-Per tier: one thread for look-ups, so that they never wait behind transfers; some for reads; one for writes.
+Per tier: one thread for look-ups, so that they never wait behind transfers; some for reads; one for writes, and
+with a codec some that encode ahead of it.
 Callbacks run on those threads, without any lock held.
 """
 
@@ -16,7 +17,9 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from kvstrata.cache.breaker import Breaker
-from kvstrata.cache.frames import Transfer, accept_frame, encode_frame, read_buffer
+from kvstrata.cache.encoding import Encoding, Encodings
+from kvstrata.cache.frames import Transfer, accept_frame, read_buffer
+from kvstrata.cache.reading import Measured, Reading
 from kvstrata.cache.spans import read_batch
 from kvstrata.cache.steps import contains_in_steps
 from kvstrata.cache.walk import Candidates
@@ -47,30 +50,8 @@ _MAX_SAID = 16
 T = TypeVar("T")
 ContainsDone = Callable[[bytes | None, float], None]
 ReadDone = Callable[[Sequence[Transfer], Sequence[Miss | None]], None]
-Measured = Callable[[int, float], None]
 WriteDone = Callable[[bool, float], None]
 """Whether it is written, and how many seconds the tier took (0: nothing had to be written)."""
-
-
-class _Reading:
-    """What the batches of one read have brought so far."""
-
-    def __init__(self, num_batches: int, measured: Measured, span: Span | None) -> None:
-        self.span = span
-        self._asked_at = time.monotonic()
-        self._num_left = num_batches
-        self._num_bytes = 0
-        self._measured = measured
-        self._lock = threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        """A batch has ended; the last one completes the measurement."""
-        with self._lock:
-            self._num_bytes += num_bytes
-            self._num_left -= 1
-            is_last = self._num_left == 0
-        if is_last:
-            self._measured(self._num_bytes, time.monotonic() - self._asked_at)
 
 
 class TierIO:
@@ -112,9 +93,11 @@ class TierIO:
         self._answered_at = 0.0
         """When a look-up was last answered."""
         self._lookups = Workers(f"{name}-lookup", 1)
-        self._reads = Workers(f"{name}-read", max(1, num_workers - 2))
-        self._writes = Workers(f"{name}-write", 1)
         self._num_read_threads = max(1, num_workers - 2)
+        self._reads = Workers(f"{name}-read", self._num_read_threads)
+        self._writes = Workers(f"{name}-write", 1)
+        self._encodings = Encodings(name, codec, self._num_read_threads)
+        self._workers = (self._lookups, self._reads, self._writes, self._encodings.workers)
         metrics.tier_added(name)
 
     # Look-ups
@@ -162,7 +145,7 @@ class TierIO:
         the seconds that all of it took. Each batch is a span below ``span``.
         """
         batches = self._batches(transfers)
-        reading = _Reading(len(batches), measured, span)
+        reading = Reading(len(batches), measured, span)
         for batch in batches:
             self._reads.submit(partial(self._read_batch, batch, reading, done))
 
@@ -179,7 +162,7 @@ class TierIO:
             size += len(transfer.slot)
         return batches
 
-    def _read_batch(self, batch: Sequence[Transfer], reading: _Reading, done: ReadDone) -> None:
+    def _read_batch(self, batch: Sequence[Transfer], reading: Reading, done: ReadDone) -> None:
         started = time.monotonic()
         outcome = self._fetch(batch)
         bad = []
@@ -245,8 +228,9 @@ class TierIO:
             taken = not self.breaker.is_open and self._take(transfer, self._write_queue_bytes)
             if not taken:
                 self._dropped()
-        if taken:
-            self._writes.submit(partial(self._write_one, transfer, done, is_wanted, False))
+            if taken:  # queued in the order in which they are encoded
+                encoding = self._encodings.ahead(transfer, lambda: is_wanted() and not self.breaker.is_open)
+                self._writes.submit(partial(self._write_one, transfer, encoding, done, is_wanted))
         return taken
 
     def fill(self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool]) -> bool:
@@ -255,7 +239,7 @@ class TierIO:
         with self._lock:
             taken = self._is_spare() and self._take(transfer, self._write_queue_bytes // 2)
         if taken:
-            self._writes.submit(partial(self._write_one, transfer, done, is_wanted, True))
+            self._writes.submit(partial(self._write_one, transfer, None, done, is_wanted))
         return taken
 
     def has_spare_room(self) -> bool:
@@ -280,25 +264,33 @@ class TierIO:
         self._metrics.write_dropped(self.name)
 
     def _write_one(
-        self, transfer: Transfer, done: WriteDone, is_wanted: Callable[[], bool], unless_held: bool
+        self,
+        transfer: Transfer,
+        encoding: Encoding | None,
+        done: WriteDone,
+        is_wanted: Callable[[], bool],
     ) -> None:
         wanted = is_wanted()
         seconds = None
         if wanted and not self.breaker.is_open:
-            seconds = self._encode_and_write(transfer, unless_held)
+            seconds = self._encode_and_write(transfer, encoding)
+        if encoding is not None:
+            self._encodings.passed(encoding)
         with self._lock:
             self.queued_bytes -= len(transfer.slot)
             if wanted and seconds is None:
                 self._dropped()
         done(seconds is not None, seconds or 0.0)
 
-    def _encode_and_write(self, transfer: Transfer, unless_held: bool) -> float | None:
+    def _encode_and_write(self, transfer: Transfer, encoding: Encoding | None) -> float | None:
         """The seconds that it took; None when it failed."""
-        if unless_held and self._call("contains", 0, lambda: self.tier.contains([transfer.key])) == [True]:
-            return 0.0
-        started = time.monotonic()
-        frame, error = attempt(lambda: encode_frame(transfer, self.codec))
+        if encoding is None:
+            if self._call("contains", 0, lambda: self.tier.contains([transfer.key])) == [True]:
+                return 0.0
+            encoding = self._encodings.now(transfer)
+        frame = encoding.result()
         if frame is None:
+            error = encoding.error
             logger.error("tier %s: codec %s broke its contract", self.name, self.codec.name, exc_info=error)
             return None
 
@@ -306,8 +298,9 @@ class TierIO:
             self.tier.write([transfer.key], [frame])
             return True
 
+        started = time.monotonic()
         written = self._call("write", len(transfer.slot), job)
-        return time.monotonic() - started if written else None
+        return encoding.seconds + time.monotonic() - started if written else None
 
     # Deletes
 
@@ -490,11 +483,11 @@ class TierIO:
     def end(self) -> None:
         """Let queued work end, then the threads. Does not wait."""
         self._closing.set()
-        for workers in (self._lookups, self._reads, self._writes):
+        for workers in self._workers:
             workers.end()
 
     def close(self, deadline: float) -> None:
         """After ``end``: wait for the threads until ``deadline`` (monotonic), then close the tier."""
-        for workers in (self._lookups, self._reads, self._writes):
+        for workers in self._workers:
             workers.join(deadline)
         self.tier.close()
