@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 
@@ -443,33 +444,82 @@ def test_a_reset_covers_what_a_step_under_way_stores(make_engine, overlap, num_r
     assert engine.num_computed == len(PROMPT) + 1, "and then it is used as ever"
 
 
+def connect_to(endpoint, monkeypatch):
+    """The connector's clients are those of a server at ``endpoint``."""
+
+    def connect(*_, name, map_pool, **__):
+        remote = RemoteClient(endpoint, name, map_pool=map_pool)
+        assert remote.wait_connected(20)
+        return remote
+
+    monkeypatch.setattr(connector_module, "connect", connect)
+
+
+def with_disk(path):
+    tier = {"kind": "disk", "path": str(path), "max_bytes": 1 << 30}
+    return Settings(max_local_cpu_size=0.02, gate="always", tiers=(tier,))
+
+
+def wait_connected(engine):
+    for side in (engine.connector._scheduler, engine.workers[0]._worker):
+        wait_until(lambda client=side._client: client.connected, "it has found the server")
+
+
+def check_all_is_computed_once(engine):
+    engine.num_computed = 0
+    assert engine.ask("b", PROMPT) == expected_answer(PROMPT, 1)
+    assert engine.num_computed == len(PROMPT)
+    wait_connected(engine)
+    engine.ask("c", [*PROMPT, 1])
+    engine.scheduler.reset_prefix_cache()
+    engine.num_computed = 0
+    engine.ask("d", [*PROMPT, 1])
+    assert engine.num_computed == 1, "and then it is used as ever"
+
+
 def test_a_reset_reaches_a_server_that_is_away(make_engine, monkeypatch, tmp_path):
     """New weights while the server is down: what its disk still holds must not be used once it is back."""
-    tier = {"kind": "disk", "path": str(tmp_path), "max_bytes": 1 << 30}
-    settings = Settings(max_local_cpu_size=0.02, gate="always", tiers=(tier,))
+    settings = with_disk(tmp_path)
     with ServerHost() as host:
         endpoint = f"ipc://{host.directory}/control"
-
-        def connect(*_, name, map_pool, **__):
-            remote = RemoteClient(endpoint, name, map_pool=map_pool)
-            assert remote.wait_connected(20)
-            return remote
-
-        monkeypatch.setattr(connector_module, "connect", connect)
+        connect_to(endpoint, monkeypatch)
         server = host.start(settings, endpoint=endpoint)
         engine = make_engine()
         engine.ask("a", PROMPT)
         server.end(signal.SIGTERM)  # it writes what is queued
         assert engine.scheduler.reset_prefix_cache(reset_connector=True)
         with host.start(settings, endpoint=endpoint):
-            for side in (engine.connector._scheduler, engine.workers[0]._worker):
-                wait_until(lambda client=side._client: client.connected, "it has found the server")
-            engine.num_computed = 0
-            assert engine.ask("b", PROMPT) == expected_answer(PROMPT, 1)
-            assert engine.num_computed == len(PROMPT)
-            engine.scheduler.reset_prefix_cache()
-            engine.ask("c", PROMPT)
-            assert engine.num_computed == len(PROMPT) + 1, "and then it is used as ever"
+            wait_connected(engine)
+            check_all_is_computed_once(engine)
+            engine.close()
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_reset_reaches_a_server_that_comes_after_one_that_was_killed(
+    make_engine, monkeypatch, tmp_path, is_noticed
+):
+    """It had said that all was dropped, and was killed before its disk was cleared."""
+    directory, kept = tmp_path / "disk", tmp_path / "kept"
+    settings = with_disk(directory)
+    with ServerHost() as host:
+        endpoint = f"ipc://{host.directory}/control"
+        connect_to(endpoint, monkeypatch)
+        server = host.start(settings, endpoint=endpoint)
+        engine = make_engine()
+        engine.ask("a", PROMPT)
+        client = engine.connector._scheduler._client
+        wait_until(lambda: client.stats()["tiers"][0]["queued_bytes"] == 0, "all is on disk")
+        shutil.copytree(directory, kept)
+        assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+        server.end(signal.SIGKILL)
+        shutil.rmtree(directory)
+        kept.rename(directory)
+        with host.start(settings, endpoint=endpoint):
+            if is_noticed:
+                wait_connected(engine)
+            else:  # the look-up finds it
+                wait_until(lambda: client._channel.connections % 2 == 1, "there is a connection")
+            check_all_is_computed_once(engine)
             engine.close()
 
 

@@ -71,6 +71,11 @@ class Client(ABC):
 
     @property
     @abstractmethod
+    def server_id(self) -> str:
+        """Which server this is connected to: another one after a restart. Empty while not connected; cheap."""
+
+    @property
+    @abstractmethod
     def server_chunk_size(self) -> int | None:
         """The chunk size that the server was told to use, if any. None while not connected."""
 
@@ -145,7 +150,8 @@ class Client(ABC):
         With ``tiers`` false only L1 is emptied; what the tiers hold stays, and is read again when asked for.
 
         Returns the number of L1 entries dropped; None when nobody has said that it is done, which it may be or
-        not: who must not see what was stored before asks again. Until a tier is cleared it answers no look-up.
+        not: who must not see what was stored before asks again. Until a tier is cleared it answers no look-up;
+        of a server that ends before that nobody knows what its tiers hold (``server_id`` is another one then).
         """
 
     @abstractmethod

@@ -48,6 +48,10 @@ class LocalClient(Client):
         return not self._closed
 
     @property
+    def server_id(self) -> str:
+        return "" if self._closed else self.cache.pool_id
+
+    @property
     def server_chunk_size(self) -> int | None:
         return self._chunk_size
 

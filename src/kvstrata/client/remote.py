@@ -160,6 +160,10 @@ class RemoteClient(Client):
         self._welcome = None
 
     @property
+    def server_id(self) -> str:
+        return "" if self._closed or self._welcome is None else self._welcome.pool_id
+
+    @property
     def server_chunk_size(self) -> int | None:
         return self._chunk_size if self.connected else None
 

@@ -462,9 +462,11 @@ class ClientContract:
         asked = prompt(200, seed=1)
         store(client, asked)
         reservation = client.reserve(make_namespace(), 0, prompt(200, seed=2).pieces)
+        assert client.server_id
         client.close()
         client.close()
         assert not client.connected
+        assert not client.server_id
         assert client.lookup("r", asked.namespace, asked.prefix).num_tokens == 0
         assert client.reserve(asked.namespace, 0, asked.pieces).num_tokens == 0
         client.commit(reservation)

@@ -91,8 +91,10 @@ class SchedulerSide:
         self._num_ended_steps = 0
         self._clear_behind = 0
         """The last step that was planned before a clear: until it has ended it may store what is to be gone."""
-        self._owes_clear = False
+        self._is_unanswered = False
         """Whether no server has said yet that it has carried the clear out."""
+        self._cleared_by = ""
+        """The server that has last said so, if one was asked."""
 
     @property
     def namespace(self) -> Namespace | None:
@@ -132,9 +134,13 @@ class SchedulerSide:
             prefix = _hashed(tracked, lambda: tracked.hashes_in(namespace).prefix(request.num_tokens))
             if prefix is None:
                 return 0, False
-            lookup.hit = self._ask(lookup, namespace, prefix)
-            if lookup.hit is None:
+            hit = self._ask(lookup, namespace, prefix)
+            if hit is None:
                 return None, False
+            if self._is_clearing:  # the answer is that of a server which has just come
+                self._end_lookup(tracked)
+                return 0, False
+            lookup.hit = hit
         num_hit_tokens = min(lookup.hit.num_tokens, max_tokens)
         num_tokens = self._worth_loading(num_hit_tokens - num_local_tokens)
         if num_tokens and self._is_being_loaded(lookup.hit, num_local_tokens):
@@ -333,7 +339,8 @@ class SchedulerSide:
 
         Steps that are under way (vLLM schedules ahead) store what they compute after this. So nothing is looked
         up or stored until they have ended, and then everything is dropped once more. Nor before the server has
-        carried it out: one that is away is told when it is back, as its tiers still hold everything.
+        carried it out: one that is away is told when it is back, as its tiers still hold everything, and so is
+        each that comes later.
         """
         self._clear_behind = self._num_planned_steps
         self._drop_stored()
@@ -348,9 +355,20 @@ class SchedulerSide:
     def _is_clearing(self) -> bool:
         return self._owes_clear or self._num_ended_steps < self._clear_behind
 
+    @property
+    def _owes_clear(self) -> bool:
+        """Whether the server is to be told (again). One that was ended may not have cleared its tiers by then: the
+        one that comes after it is told, too."""
+        if self._is_unanswered:
+            return True
+        server = self._client.server_id
+        return bool(self._cleared_by and server) and server != self._cleared_by
+
     def _drop_stored(self) -> None:
         namespace = self.namespace
-        self._owes_clear = namespace is None or self._client.clear(namespace) is None
+        self._is_unanswered = namespace is None or self._client.clear(namespace) is None
+        if not self._is_unanswered:
+            self._cleared_by = self._client.server_id
 
     def close(self) -> None:
         """Disconnect; the server ends what is left of the leases."""
