@@ -13,6 +13,7 @@ from kvstrata.client import RemoteClient
 from kvstrata.config import Settings
 from kvstrata.testing.client import (
     Join,
+    Prompt,
     SharedClientContract,
     Start,
     look,
@@ -22,6 +23,7 @@ from kvstrata.testing.client import (
     wait_lookup,
 )
 from kvstrata.testing.forked import ForkedServer, ServerHost
+from kvstrata.types import Hit
 
 Servers = list[ForkedServer]
 
@@ -125,14 +127,18 @@ class TestFromAnotherHost(RemoteContract):
         for path in host.directory.glob("*.pool"):
             path.unlink()
 
-    def test_loads_of_one_step_do_not_add_up_their_waits(
-        self, start: Start, servers: Servers, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def _found(self, start: Start) -> tuple[RemoteClient, Prompt, Hit]:
+        """A client, and what it has stored and found again."""
         client = start(small_settings())
         assert isinstance(client, RemoteClient)
         asked = prompt(200, seed=1)
         store(client, asked)
-        hit = wait_lookup(client, "r", asked)
+        return client, asked, wait_lookup(client, "r", asked)
+
+    def test_loads_of_one_step_do_not_add_up_their_waits(
+        self, start: Start, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client, asked, hit = self._found(start)
         servers[-1].end()
         waits: list[float] = []
         monkeypatch.setattr(client, "wait_connected", waits.append)
@@ -143,11 +149,7 @@ class TestFromAnotherHost(RemoteContract):
     def test_a_load_waits_again_for_a_server_that_had_returned(
         self, start: Start, servers: Servers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        client = start(small_settings())
-        assert isinstance(client, RemoteClient)
-        asked = prompt(200, seed=1)
-        store(client, asked)
-        hit = wait_lookup(client, "r", asked)
+        client, asked, hit = self._found(start)
         monkeypatch.setattr(client, "_timeout_seconds", 0.05)
         servers[-1].send(signal.SIGSTOP)
         for _ in range(2):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 import simulated
@@ -460,6 +462,18 @@ def with_disk(path):
     return Settings(max_local_cpu_size=0.02, gate="always", tiers=(tier,))
 
 
+@contextlib.contextmanager
+def disk_filled_through_a_server(make_engine, monkeypatch, path):
+    """An engine that has asked for PROMPT, its server, and how another one like that is started."""
+    with ServerHost() as host:
+        start = partial(host.start, with_disk(path), endpoint=f"ipc://{host.directory}/control")
+        connect_to(f"ipc://{host.directory}/control", monkeypatch)
+        server = start()
+        engine = make_engine()
+        engine.ask("a", PROMPT)
+        yield engine, server, start
+
+
 def wait_connected(engine):
     for side in (engine.connector._scheduler, engine.workers[0]._worker):
         wait_until(lambda client=side._client: client.connected, "it has found the server")
@@ -479,16 +493,10 @@ def check_all_is_computed_once(engine):
 
 def test_a_reset_reaches_a_server_that_is_away(make_engine, monkeypatch, tmp_path):
     """New weights while the server is down: what its disk still holds must not be used once it is back."""
-    settings = with_disk(tmp_path)
-    with ServerHost() as host:
-        endpoint = f"ipc://{host.directory}/control"
-        connect_to(endpoint, monkeypatch)
-        server = host.start(settings, endpoint=endpoint)
-        engine = make_engine()
-        engine.ask("a", PROMPT)
+    with disk_filled_through_a_server(make_engine, monkeypatch, tmp_path) as (engine, server, start):
         server.end(signal.SIGTERM)  # it writes what is queued
         assert engine.scheduler.reset_prefix_cache(reset_connector=True)
-        with host.start(settings, endpoint=endpoint):
+        with start():
             wait_connected(engine)
             check_all_is_computed_once(engine)
             engine.close()
@@ -500,13 +508,7 @@ def test_a_reset_reaches_a_server_that_comes_after_one_that_was_killed(
 ):
     """It had said that all was dropped, and was killed before its disk was cleared."""
     directory, kept = tmp_path / "disk", tmp_path / "kept"
-    settings = with_disk(directory)
-    with ServerHost() as host:
-        endpoint = f"ipc://{host.directory}/control"
-        connect_to(endpoint, monkeypatch)
-        server = host.start(settings, endpoint=endpoint)
-        engine = make_engine()
-        engine.ask("a", PROMPT)
+    with disk_filled_through_a_server(make_engine, monkeypatch, directory) as (engine, server, start):
         client = engine.connector._scheduler._client
         wait_until(lambda: client.stats()["tiers"][0]["queued_bytes"] == 0, "all is on disk")
         shutil.copytree(directory, kept)
@@ -514,7 +516,7 @@ def test_a_reset_reaches_a_server_that_comes_after_one_that_was_killed(
         server.end(signal.SIGKILL)
         shutil.rmtree(directory)
         kept.rename(directory)
-        with host.start(settings, endpoint=endpoint):
+        with start():
             if is_noticed:
                 wait_connected(engine)
             else:  # the look-up finds it

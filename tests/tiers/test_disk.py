@@ -23,7 +23,14 @@ from hypothesis import strategies as st
 
 from kvstrata.config.tiers import NO_BUDGET_BYTES
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
-from kvstrata.testing.tier import TierContract, make_frame, make_keys, namespace, read_frames
+from kvstrata.testing.tier import (
+    TierContract,
+    check_a_key_too_long_for_a_path,
+    make_frame,
+    make_keys,
+    namespace,
+    read_frames,
+)
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.disk import DiskOptions, DiskTier
 from kvstrata.tiers.disk.staging import STAGING, STAGING_AGE_SECONDS
@@ -294,14 +301,8 @@ def test_what_is_no_key_is_not_held_and_not_written(tmp_path: Path, key: str) ->
 
 
 def test_a_key_too_long_for_a_path_is_refused_and_not_held(tmp_path: Path) -> None:
-    long, short = make_keys(1, "模" * 300), make_keys(1)
     with contextlib.closing(open_tier(tmp_path)) as tier:
-        assert tier.contains(long) == [False]
-        assert read_frames(tier, long) == [Miss(MissReason.ABSENT)]
-        with pytest.raises(TierFull, match="too long for a path"):
-            tier.write([*short, *long], [make_frame(10)] * 2)
-        assert list(tier.scan()) == short
-        assert tier.delete([*long, *short]) == 1
+        check_a_key_too_long_for_a_path(tier)
 
 
 def test_settings_that_cannot_be_used(tmp_path: Path) -> None:

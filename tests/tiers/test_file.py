@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
-from kvstrata.testing.tier import TierContract, make_frame, make_keys, read_frames
+from kvstrata.testing.tier import (
+    TierContract,
+    check_a_key_too_long_for_a_path,
+    make_frame,
+    make_keys,
+    read_frames,
+)
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.file import FileOptions, FileTier, cleaner, state
 from kvstrata.tiers.file.clock import ServerClock
@@ -446,14 +452,8 @@ def test_a_directory_that_vanishes_is_unavailable_and_one_that_was_emptied_is_em
 
 
 def test_a_key_too_long_for_a_path_is_refused_and_not_held(tmp_path: Path) -> None:
-    long, short = make_keys(1, "模" * 300), make_keys(1)
     with contextlib.closing(open_tier(tmp_path)) as tier:
-        assert tier.contains(long) == [False]
-        assert read_frames(tier, long) == [Miss(MissReason.ABSENT)]
-        with pytest.raises(TierFull, match="too long for a path"):
-            tier.write([*short, *long], [make_frame(10)] * 2)
-        assert list(tier.scan()) == short
-        assert tier.delete([*long, *short]) == 1
+        check_a_key_too_long_for_a_path(tier)
 
 
 def test_settings_that_cannot_be_used(tmp_path: Path) -> None:

@@ -36,10 +36,7 @@ def build_cache(
         ConfigError: a tier, codec or policy cannot be had as configured.
     """
     policy = plugins.load("policies", settings.cache_policy.lower())()
-    configs, codecs = check_tiers(settings)  # what can be refused first
-    decoders = Decoders(
-        _codec_options(settings), _keyed(settings), encrypted_only=settings.require_encryption
-    )
+    configs, codecs, decoders = check_tiers(settings)  # what can be refused first
     tiers: list[TierIO] = []
     for config, codec in zip(configs, codecs, strict=True):
         # Look-ups, reads and writes have a thread each, and no fewer connections than that.
@@ -83,31 +80,21 @@ def build_cache(
     return cache
 
 
-def check_tiers(settings: Settings) -> tuple[list[TierConfig], list[Codec]]:
-    """The tiers that ``settings`` ask for and their codecs, before any of them is opened.
+def check_tiers(settings: Settings) -> tuple[list[TierConfig], list[Codec], Decoders]:
+    """The tiers that ``settings`` ask for, their codecs, and what decodes frames; before any of them is opened.
 
     Raises:
         ConfigError: together they make no core: keys are missing, or nothing could ever be held.
         PluginError: a codec cannot be loaded.
     """
-    configs, options = tier_configs(settings), _codec_options(settings)
-    _keyed(settings)
+    configs, options = tier_configs(settings), {"key_file": settings.encryption_key_file}
+    # Keys for reading are read now: a file that cannot be used is found at start, and one that goes later changes
+    # nothing.
+    keyed = [] if settings.encryption_key_file is None else [open_codec("aesgcm", options)]
     _check_policies(settings, configs)
     codecs = [open_codec(config.codec, options) for config in configs]
     _check_encryption(settings, configs, codecs)
-    return configs, codecs
-
-
-def _codec_options(settings: Settings) -> dict[str, str | None]:
-    return {"key_file": settings.encryption_key_file}
-
-
-def _keyed(settings: Settings) -> list[Codec]:
-    """``aesgcm`` with its keys, which are read now: a file that cannot be used is found at start, and one that goes
-    later changes nothing. Empty when there is no file."""
-    if settings.encryption_key_file is None:
-        return []
-    return [open_codec("aesgcm", _codec_options(settings))]
+    return configs, codecs, Decoders(options, keyed, encrypted_only=settings.require_encryption)
 
 
 def _check_encryption(settings: Settings, configs: Sequence[TierConfig], codecs: Sequence[Codec]) -> None:

@@ -49,7 +49,7 @@ def examine(
 def _check_configured(resolved: Resolved) -> Iterator[Finding]:
     settings = resolved.settings
     try:
-        configs, _ = check_tiers(settings)
+        configs, *_ = check_tiers(settings)
     except (ConfigError, PluginError) as error:
         configs = tier_configs(settings)
         yield Finding("configuration", Level.ERROR, str(error), "without that the server does not start")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kvstrata.errors import TierFull
 from kvstrata.tiers.base import Tier
 from kvstrata.types import KVLayout, Miss, MissReason, Namespace
 
@@ -64,6 +65,17 @@ def read_frames(tier: Tier, keys: Sequence[str], room: int = 2_000_000) -> list[
         result if isinstance(result, Miss) else bytes(buffer[:result])
         for result, buffer in zip(results, buffers, strict=True)
     ]
+
+
+def check_a_key_too_long_for_a_path(tier: Tier) -> None:
+    """An empty ``tier`` whose keys are paths refuses it, without loss for what is written with it."""
+    long, short = make_keys(1, "模" * 300), make_keys(1)
+    assert tier.contains(long) == [False]
+    assert read_frames(tier, long) == [Miss(MissReason.ABSENT)]
+    with pytest.raises(TierFull, match="too long for a path"):
+        tier.write([*short, *long], [make_frame(10)] * 2)
+    assert list(tier.scan()) == short
+    assert tier.delete([*long, *short]) == 1
 
 
 class TierContract:
